@@ -1,0 +1,42 @@
+# Sourced by every launcher: the virtual environment, and the variables that a run needs, each with its reason.
+
+# The folder `kernels/` and the package `kernels` that transformers looks for must not meet on sys.path.
+export PYTHONSAFEPATH=1
+# torchrun restarts are flaky while agent and workers share a store: of 6 runs with a killed rank 3 recovered; without, 6 of 6.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Tensor parallelism overlaps communication with computation only if kernels start in the order they are issued.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# cuBLAS is deterministic only with a fixed workspace; needed by deterministic=true, harmless otherwise.
+export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
+# Long runs with changing sizes: less fragmentation.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# One thread a rank unless told otherwise; torchrun would say so in a box of asterisks.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# No model hub, and no telemetry.
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+# The repository's root, wherever the caller is.
+MEGAMOD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# Make or reuse .venv with megamod and the extras given ("", "test", "cuda"); then use it.
+megamod_venv() {
+    local extras=${1:+[$1]} python stamp
+    stamp="$MEGAMOD_ROOT/.venv/.megamod-${1:-core}"
+    if [ ! -x "$MEGAMOD_ROOT/.venv/bin/python" ]; then
+        for python in python3.13 python3.12 python3.11 python3.10 python3; do
+            command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
+            python=
+        done
+        if [ -z "$python" ]; then
+            echo "megamod: error: no Python >= 3.10 on PATH" >&2
+            return 1
+        fi
+        "$python" -m venv "$MEGAMOD_ROOT/.venv" || return 1
+    fi
+    # Installed again only when setup.py has changed.
+    if [ ! -f "$stamp" ] || [ "$MEGAMOD_ROOT/setup.py" -nt "$stamp" ]; then
+        "$MEGAMOD_ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$MEGAMOD_ROOT$extras" || return 1
+        touch "$stamp"
+    fi
+    export PATH="$MEGAMOD_ROOT/.venv/bin:$PATH"
+}

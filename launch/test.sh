@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# All checks and tests, on a fresh machine with Python >= 3.10 and no GPU. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+megamod_venv test
+cd "$MEGAMOD_ROOT"
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -m "not gpu" "$@"

@@ -1,0 +1,199 @@
+"""Save and resume, in Hugging Face's coordinates: no grid is remembered, so any other can read it.
+
+    <run>/checkpoints/step-00000100/
+        manifest.json           step, updates, what made it, and for each tensor its shape and pieces
+        rank-00000.safetensors  this rank's pieces of fp32 masters and Adam's moments; each element is in one file only
+    <run>/checkpoints/latest    the name of the newest whole checkpoint; written last
+
+A piece is a box of a Hugging Face tensor, with a CRC-32 that is checked when it is read. A checkpoint is written under a
+temporary name, synced and renamed, so a reader sees a whole one or none. Nothing is pickled. The weights are the masters'
+rounding, and are not stored twice.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megamod.errors import MegamodError
+from megamod.optim import KINDS, Optimizer
+from megamod.parallel.grid import Grid
+from megamod.weights.table import boxes, overlap
+
+FORMAT = 1
+TRACKER = "latest"
+
+
+def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, about: Mapping[str, Any] | None = None) -> Path:
+    """Write the state after `step` steps to `<directory>/step-<step>`; every rank calls it. Returns the path.
+
+    Args:
+        directory: the run's checkpoints; shared by all ranks.
+        about: JSON that `resume` hands back: what the caller needs to go on.
+    """
+    root = Path(directory)
+    final, draft = root / f"step-{step:08d}", root / f".step-{step:08d}.tmp"
+    if grid.rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+    dist.barrier()
+    file = f"rank-{grid.rank:05d}.safetensors"
+    tensors, entries = _own_pieces(optimizer, file)
+    if tensors:
+        save_file(tensors, draft / file)
+        os.chmod(draft / file, 0o666 & ~_umask())
+        _sync(draft / file)
+    gathered: list[Any] = [None] * grid.world
+    dist.all_gather_object(gathered, entries)
+    if grid.rank == 0:
+        pieces: dict[str, dict[str, Any]] = defaultdict(lambda: {"shape": None, "pieces": []})
+        for rank_entries in gathered:
+            for name, shape, entry in rank_entries:
+                pieces[name]["shape"] = shape
+                pieces[name]["pieces"].append(entry)
+        manifest = {"format": FORMAT, "step": step, "updates": optimizer.steps, "about": dict(about or {}), "tensors": pieces}
+        (draft / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        _sync(draft / "manifest.json")
+        _sync(draft)
+        shutil.rmtree(final, ignore_errors=True)  # the same step saved before, by a run that was resumed from an earlier one
+        os.rename(draft, final)
+        _sync(root)
+        _replace(root / TRACKER, final.name)
+    dist.barrier()
+    return final
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The newest whole checkpoint in a run's `checkpoints` directory, or None. Raises MegamodError for a tracker that lies."""
+    tracker = Path(directory) / TRACKER
+    if not tracker.exists():
+        return None
+    name = tracker.read_text(encoding="utf-8").strip()
+    path = tracker.parent / name
+    if Path(name).name != name or not (path / "manifest.json").is_file():
+        raise MegamodError(f"{tracker}: names {name!r}, where no checkpoint is; put the name of one of its neighbours there")
+    return path
+
+
+def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
+    """Fill the optimizer's masters and moments, and the weights, from the checkpoint at `path`, on whatever grid this is.
+
+    Returns:
+        The step it was saved after, and `about`.
+
+    Raises:
+        MegamodError: a manifest or a file that is damaged, of another format, or of another model.
+    """
+    path = Path(path)
+    manifest = _manifest(path)
+    files: dict[str, Any] = {}
+    cached: tuple[tuple[str, str], Tensor] | None = None  # neighbours in a grid's order often need the same piece
+    for segment in optimizer.segments:
+        piece = segment.piece
+        tensor = manifest["tensors"].get(piece.hf)
+        if tensor is None or tuple(tensor["shape"]) != piece.shape:
+            found = "nothing" if tensor is None else f"shape {tuple(tensor['shape'])}"
+            raise MegamodError(f"{path}: holds {found} for {piece.hf}, this model's has shape {piece.shape}: another model's checkpoint")
+        for kind in KINDS:
+            target = optimizer.tensor(segment, kind)
+            for start, stop, box in boxes(piece, segment.start, segment.stop):
+                view, filled = target[start - segment.start : stop - segment.start].view(box[1]), 0
+                for entry in tensor["pieces"]:
+                    common = overlap(box, (tuple(entry["offset"]), tuple(entry["size"]))) if entry["kind"] == kind else None
+                    if common is None:
+                        continue
+                    address = (entry["file"], entry["key"])
+                    if cached is None or cached[0] != address:
+                        cached = address, _read(path, entry, files)
+                    part = cached[1].view(entry["size"])[common[1]]
+                    view[common[0]] = part.to(view.device, view.dtype)
+                    filled += part.numel()
+                if filled != view.numel():
+                    raise MegamodError(f"{path}: {piece.hf} {kind}: {filled} of {view.numel()} elements at {box[0]} are stored")
+    optimizer.restore(manifest["updates"])
+    return manifest["step"], manifest["about"]
+
+
+def _own_pieces(optimizer: Optimizer, file: str) -> tuple[dict[str, Tensor], list[tuple[str, list[int], dict[str, Any]]]]:
+    """What this rank writes: tensors by key, and their manifest entries."""
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for segment in optimizer.segments:
+        piece = segment.piece
+        if not piece.owned:
+            continue
+        for start, stop, (offset, size) in boxes(piece, segment.start, segment.stop):
+            for kind in KINDS:
+                data = optimizer.tensor(segment, kind)[start - segment.start : stop - segment.start].to("cpu").contiguous().clone()
+                key = f"{piece.hf}|{kind}|{','.join(map(str, offset))}"
+                tensors[key] = data
+                entry = {"kind": kind, "file": file, "key": key, "offset": offset, "size": size, "crc32": _crc(data)}
+                entries.append((piece.hf, list(piece.shape), entry))
+    return tensors, entries
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        known = manifest["format"] == FORMAT
+    except OSError as error:
+        raise MegamodError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise MegamodError(f"{file}: damaged ({error})") from None
+    if not known:
+        raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}")
+    return manifest
+
+
+def _read(path: Path, entry: Mapping[str, Any], files: dict[str, Any]) -> Tensor:
+    """A stored piece, its checksum verified."""
+    name, key = entry["file"], entry["key"]
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise MegamodError(f"{path / 'manifest.json'}: {name!r} must be a bare *.safetensors name")
+    try:
+        if name not in files:
+            files[name] = safe_open(path / name, framework="pt", device="cpu")
+        data: Tensor = files[name].get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise MegamodError(f"{path / name}: cannot be read ({error}); resume from an earlier checkpoint") from None
+    if _crc(data) != entry["crc32"]:
+        raise MegamodError(f"{path / name}: {key} fails its checksum; resume from an earlier checkpoint")
+    return data
+
+
+def _crc(data: Tensor) -> int:
+    return zlib.crc32(data.contiguous().view(torch.uint8).numpy()) if data.numel() else 0  # type: ignore[arg-type]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text + "\n", encoding="utf-8")
+    _sync(draft)
+    os.replace(draft, path)
+    _sync(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,303 @@
+"""A run is a value: frozen dataclasses, one per owner of values, made by a Python file's `config()`.
+
+    cfg = load("configs/tiny.py", ["optim.lr=3e-6", "parallel.tp=4"])
+
+An unknown key is an error that names the nearest one; so is an option that the rest of the configuration leaves unused.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megamod import losses
+from megamod.errors import MegamodError, nearest
+
+Recompute = Literal["none", "selective", "full"]
+Attention = Literal["auto", "flash_attn", "varlen_attn", "reference"]
+Linear = Literal["megatron", "transformer_engine"]
+Dtype = Literal["bfloat16", "float32", "float64"]
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The grid. Data parallelism takes the ranks that tp × pp × cp leave."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1  # model chunks per pipeline rank: the interleaved schedule
+    cp: int = 1  # context parallelism: Ulysses, sequence ↔ heads
+    sp: bool = False  # Megatron's sequence parallelism: activations outside attention and MLP split over tp
+    layers_per_stage: tuple[int, ...] | None = None  # an uneven split: pp × vpp numbers in pipeline order; None: even
+    timeout_minutes: int = 30  # a collective that takes longer ends the run
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str  # a Hugging Face directory: config.json and *.safetensors
+    shape: str | None = None  # a config.json to use where `path` is not there yet (planning, dry runs); None: path's own
+    init: Literal["load", "random"] = "load"  # random: N(0, 0.02), the same on every grid
+    dtype: Dtype = "bfloat16"
+    recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] | None = None  # selective: any of core_attn, mlp, layernorm; None: core_attn
+    attention: Attention = "auto"
+    linear: Linear = "megatron"
+
+
+@dataclass(frozen=True)
+class SyntheticData:
+    """Random documents for benchmarks and rehearsals: log-normal lengths, the last `labelled` share of each one trained."""
+
+    documents: int = 512
+    mean_length: int = 200
+    sigma: float = 0.8
+    labelled: float = 0.08
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | SyntheticData  # a JSONL file of tokenised documents (data/documents.py), or made-up ones
+    row_length: int = 4096  # tokens in a packed row
+    rows_per_step: int = 8  # rows in a global batch
+    rows_per_micro_batch: int = 1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) with the learning rate of `optim.learning_rate`."""
+
+    lr: float = 1e-5
+    schedule: Schedule = "cosine"
+    min_lr: float | None = None  # where linear, cosine and wsd end; None: 0
+    warmup_steps: int = 0
+    decay_steps: int | None = None  # wsd: length of the final descent
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ()  # regular expressions of Hugging Face names, beside vectors, which never decay
+    clip_grad: float | None = 1.0  # the global norm that gradients are scaled down to; None: never
+    overlap_grad_reduce: bool = False  # reduce gradients in buckets while the backward pass goes on
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int | None = None  # steps between saves; None: only at the end
+    resume: Literal["auto", "no"] = "auto"  # auto: from the newest checkpoint in the run's directory, if there is one
+    export: bool = False  # write a Hugging Face directory at the end: <run>/hf
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 1  # steps between lines
+    tensorboard: bool = True
+    peak_tflops: float | None = None  # the GPU's dense peak in `model.dtype`, for MFU; None: known GPUs only
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str  # everything the run writes
+    steps: int
+    model: ModelConfig
+    data: DataConfig
+    loss: losses.LossFunction = losses.cross_entropy
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    seed: int = 1
+    deterministic: bool = False  # bitwise the same from run to run on the same grid
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Run `config()` of the Python file at `path` and apply `owner.key=value` overrides, checked against the fields' types.
+
+    Raises:
+        MegamodError: no such file, no `config`, an unknown key (the nearest is offered), a value of the wrong type, or an
+            option that nothing would read.
+    """
+    if not Path(path).is_file():
+        raise MegamodError(f"{path}: no such config file")
+    made = _run_file(Path(path)).get("config")
+    if not callable(made):
+        raise MegamodError(f"{path}: defines no function config() -> RunConfig")
+    try:
+        cfg = made()
+    except TypeError as error:  # a misspelt keyword of a dataclass
+        raise MegamodError(f"{path}: config(): {_keyword_hint(error)}") from None
+    if not isinstance(cfg, RunConfig):
+        raise MegamodError(f"{path}: config() returned {type(cfg).__name__}, not RunConfig")
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise MegamodError(f"override {item!r}: write it as owner.key=value, such as optim.lr=3e-6")
+        cfg = _replace(cfg, key.split("."), text, key)
+    check(cfg)
+    return cfg
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    """Run a config file as a script in its own folder is run: it may import its neighbours, to derive a run from another's."""
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        return runpy.run_path(str(path))
+    except (SyntaxError, ImportError) as error:
+        raise MegamodError(f"{path}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop(0)
+
+
+def check(cfg: RunConfig) -> None:
+    """Refuse what no part of the run would read, and values that mean nothing. Raises MegamodError."""
+    _check_types(cfg, "")
+    p, o, m = cfg.parallel, cfg.optim, cfg.model
+    unused = [
+        (o.min_lr is not None and o.schedule == "constant", "optim.min_lr", "optim.schedule is 'constant'"),
+        (o.decay_steps is not None and o.schedule != "wsd", "optim.decay_steps", f"optim.schedule is {o.schedule!r}, not 'wsd'"),
+        (
+            m.recompute_modules is not None and m.recompute != "selective",
+            "model.recompute_modules",
+            f"model.recompute is {m.recompute!r}, not 'selective'",
+        ),
+        (p.sp and p.tp == 1, "parallel.sp", "parallel.tp is 1"),
+        (p.vpp > 1 and p.pp == 1, "parallel.vpp", "parallel.pp is 1"),
+        (bool(o.no_decay) and o.weight_decay == 0, "optim.no_decay", "optim.weight_decay is 0"),
+    ]  # fmt: skip
+    for is_unused, key, why in unused:
+        if is_unused:
+            raise MegamodError(f"{key} would not be read: {why}")
+    if o.schedule == "wsd" and o.decay_steps is None:
+        raise MegamodError("optim.schedule 'wsd' needs optim.decay_steps")
+    for module in m.recompute_modules or ():
+        if module not in (choices := ("core_attn", "mlp", "layernorm")):
+            raise MegamodError(f"model.recompute_modules: {module!r}, {nearest(module, choices)}")
+    least: list[tuple[str, float | None, float]] = [
+        ("steps", cfg.steps, 1), ("seed", cfg.seed, 0), ("log.every", cfg.log.every, 1), ("checkpoint.every", cfg.checkpoint.every, 1),
+        ("data.row_length", cfg.data.row_length, 1), ("data.rows_per_step", cfg.data.rows_per_step, 1),
+        ("data.rows_per_micro_batch", cfg.data.rows_per_micro_batch, 1), ("optim.lr", o.lr, 0), ("optim.warmup_steps", o.warmup_steps, 0),
+        ("optim.weight_decay", o.weight_decay, 0), ("parallel.timeout_minutes", p.timeout_minutes, 1),
+        *((f"parallel.{n}", getattr(p, n), 1) for n in ("tp", "pp", "vpp", "cp")),
+    ]  # fmt: skip
+    for key, value, bound in least:
+        if value is not None and not value >= bound:
+            raise MegamodError(f"{key} = {value}: must be at least {bound}")
+
+
+def save(cfg: RunConfig, path: str | Path) -> None:
+    """Write the resolved configuration as JSON, beside the run's results. Functions are written by name and arguments."""
+    Path(path).write_text(json.dumps(as_json(cfg), indent=1) + "\n", encoding="utf-8")
+
+
+def as_json(value: Any) -> Any:
+    """`value` in JSON's types: dataclasses as objects, callables as `module:name` with their bound arguments."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, functools.partial):
+        return {"call": as_json(value.func), **{k: as_json(v) for k, v in value.keywords.items()}}
+    if callable(value):
+        return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    return value
+
+
+def _keyword_hint(error: TypeError) -> str:
+    """`RunConfig.__init__() got an unexpected keyword argument 'lrr'` with the nearest field added."""
+    text = str(error)
+    owner, _, word = text.partition(".__init__() got an unexpected keyword argument ")
+    cls = globals().get(owner)
+    if word and cls is not None and dataclasses.is_dataclass(cls):
+        return f"{owner} has no field {word}, {nearest(ast.literal_eval(word), [f.name for f in dataclasses.fields(cls)])}"
+    return text
+
+
+def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
+    head, *rest = path
+    if isinstance(node, functools.partial) or (callable(node) and not dataclasses.is_dataclass(node)):
+        return _rebind(node, head, text, key)
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        raise MegamodError(f"override {key}={text}: {head!r} is below a plain value")
+    names = [f.name for f in dataclasses.fields(node)]
+    if head not in names:
+        raise MegamodError(f"override {key}={text}: {type(node).__name__} has no field {head!r}, {nearest(head, names)}")
+    hint = typing.get_type_hints(type(node))[head]
+    value = _replace(getattr(node, head), rest, text, key) if rest else _parse(text, hint, key)
+    return dataclasses.replace(node, **{head: value})
+
+
+def _rebind(function: Callable[..., Any], name: str, text: str, key: str) -> Callable[..., Any]:
+    """`loss.verdict_weight=6`: bind a keyword of the configured function."""
+    keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if name not in keywords:
+        raise MegamodError(f"override {key}={text}: the function takes no keyword {name!r}, {nearest(name, keywords)}")
+    return functools.partial(function, **{name: _literal(text)})
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    value = text if _fits(text, hint) and not _fits(_literal(text), hint) else _literal(text)
+    value = _coerce(value, hint)
+    if not _fits(value, hint):
+        raise MegamodError(f"override {key}={text}: {_expected(hint)} was expected")
+    return value
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """Ints serve where floats are asked for, lists where tuples are."""
+    if isinstance(value, list):
+        value = tuple(value)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if isinstance(value, int) and not isinstance(value, bool) and int not in options and float in options:
+        return float(value)
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in args)
+    if origin is tuple:
+        inner = args[0] if args[-1] is Ellipsis else None
+        if not isinstance(value, tuple) or (inner is None and len(value) != len(args)):
+            return False
+        return all(_fits(v, inner or args[i]) for i, v in enumerate(value))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if getattr(hint, "_is_protocol", False):  # the loss: any function
+        return callable(value)
+    return isinstance(value, hint)
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    return str(getattr(hint, "__name__", hint)).replace("typing.", "")
+
+
+def _check_types(node: Any, prefix: str) -> None:
+    hints = typing.get_type_hints(type(node))
+    for f in dataclasses.fields(node):
+        value, key = getattr(node, f.name), f"{prefix}{f.name}"
+        if not _fits(value, hints[f.name]):
+            raise MegamodError(f"{key} = {value!r}: {_expected(hints[f.name])} was expected")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            _check_types(value, f"{key}.")

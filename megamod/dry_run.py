@@ -1,0 +1,78 @@
+"""A dry run: any rank of any grid, on meta tensors under torch's fake process group, in seconds and without a GPU.
+
+The rank builds its model, its gradient buffers and its optimizer, and runs its part of the schedule forward and backward with
+shapes alone. What would fail at the start of a job on 128 GPUs fails here.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megamod.config import RunConfig, SyntheticData
+from megamod.data.documents import synthetic
+from megamod.data.loader import Loader
+from megamod.model.build import build, data_parallel
+from megamod.model.shape import Shape
+from megamod.optim import Optimizer
+from megamod.parallel import grid as grids
+from megamod.step import train_step
+from megamod.weights.table import placed
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank would hold."""
+
+    rank: int
+    place: str  # its coordinates
+    layers: tuple[int, ...]  # decoder layers of each of its chunks
+    parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int  # masters (where they are copies) and moments, of this rank's share
+    micro_batches: int
+    seconds: float
+
+
+def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
+    """Rehearse rank `rank` of `world`: one step's forward and backward. The process must not have joined a world before.
+
+    Raises:
+        MegamodError: the grid does not fit the model or the batch, or a backend cannot do what is asked.
+    """
+    begin = time.perf_counter()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        grid = grids.start(cfg.parallel, shape, cfg.seed, device=torch.device("meta"))
+        count = grids.check_rows(cfg, shape, world)
+        chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
+        items = placed(chunks, shape, grid.tp.size, grid.tp.rank)
+        wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
+        optimizer = Optimizer(cfg.optim, wrapped, items, grid)
+        d = cfg.data
+        rows = grid.pp.size * grid.dp.size * d.rows_per_micro_batch  # a micro-batch for each stage
+        made = SyntheticData(documents=2 * rows, mean_length=d.row_length // 2, sigma=0.0)
+        loader = Loader(
+            synthetic(made, shape.vocab, d.row_length, cfg.seed), row_length=d.row_length, rows_per_step=rows,
+            rows_per_micro_batch=d.rows_per_micro_batch, seed=cfg.seed, dp_rank=grid.dp.rank, dp_size=grid.dp.size,
+        )  # fmt: skip
+        train_step(wrapped, loader.step(0), cfg.loss, grid)
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        copies = [s for s in optimizer.segments if s.master.dtype is not s.weight.dtype]
+        moments = sum(2 * s.master.numel() * s.master.element_size() for s in optimizer.segments)
+        return DryRun(
+            rank=rank,
+            place=f"pp {grid.pp.rank} · dp {grid.dp.rank} · cp {grid.cp.rank} · tp {grid.tp.rank}",
+            layers=tuple(len(chunk.decoder.layers) for chunk in chunks),
+            parameters=sum(p.numel() for p in parameters),
+            weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            gradient_bytes=sum(b.grad_data.numel() * b.grad_data.element_size() for chunk in wrapped for b in chunk.buffers),
+            optimizer_bytes=moments + sum(s.master.numel() * s.master.element_size() for s in copies),
+            micro_batches=count,
+            seconds=time.perf_counter() - begin,
+        )
+    finally:
+        grids.leave()

@@ -1,0 +1,22 @@
+"""Errors that a user reads: one line that says what is wrong, where, and what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MegamodError(Exception):
+    """A fault that the user can mend. `train.main` and the tools print its one line and exit with status 1."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint for a mistyped `word`: `, did you mean 'x'?` when a choice is close, else the list of choices."""
+    names = sorted(choices)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """`a, b, c and 12 more`: long lists stay one line."""
+    items = list(names)
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")

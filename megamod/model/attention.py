@@ -1,0 +1,130 @@
+"""Self-attention over packed documents: fused `[q | k | v]`, kv heads copied where tp exceeds them, RoPE after Ulysses."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor, nn
+
+from megamod.batch import Batch
+from megamod.model import rope
+from megamod.model.backends import Attend, Documents
+from megamod.model.shape import Shape
+from megamod.parallel.collectives import sum_row_gradients
+from megamod.parallel.grid import Grid, kv_repeats
+from megamod.parallel.ulysses import heads_to_seq, seq_to_heads
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """What megatron-core hands down to attention unread: the row's borders and rotation tables, the same for every layer."""
+
+    documents: Documents | None = None
+    cos: Tensor | None = None  # [T, D/2]
+    sin: Tensor | None = None  # [T, D/2]
+
+    @classmethod
+    def of(cls, batch: Batch, shape: Shape, dtype: torch.dtype) -> "PackedRow":
+        device = batch.tokens.device
+        borders = torch.tensor((0, *batch.lengths)).cumsum(0).to(torch.int32).to(device, non_blocking=True)
+        cos, sin = rope.tables(shape.rope, shape.head_dim, batch.positions, dtype)
+        return cls(qkv_format="thd", documents=Documents(batch.lengths, borders), cos=cos, sin=sin)
+
+
+class PackedAttention(nn.Module):
+    """Causal attention inside each document of a packed row, shared by Ulysses over the context-parallel ranks."""
+
+    def __init__(self, heads: int, kv_heads: int, grid: Grid, attend: Attend) -> None:
+        super().__init__()
+        self.group, self.attend = grid.cp.group, attend
+        repeats = kv_repeats(heads, kv_heads, grid.cp.size)
+        assert repeats is not None, "the grid was checked against the model: parallel.grid.check"
+        self.kv_repeats = repeats
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
+        """q `[T/cp, H/tp, D]`, k and v `[T/cp, K/tp, D]` → `[T/cp, H/tp, D]`."""
+        assert row.documents is not None
+        assert row.cos is not None
+        assert row.sin is not None
+        if self.kv_repeats > 1:
+            k, v = (x.repeat_interleave(self.kv_repeats, 1) for x in (k, v))
+        q, k, v = (seq_to_heads(x, self.group) for x in (q, k, v))  # [T, H/(tp·cp), D]
+        q, k = (rope.rotate(x, row.cos, row.sin) for x in (q, k))
+        return heads_to_seq(self.attend(q, k, v, row.documents), self.group)
+
+
+@dataclass
+class SelfAttentionSubmodules:
+    linear_qkv: type
+    linear_proj: type
+    norm: type  # of each head's q and k, in the families that have it
+
+
+class SelfAttention(MegatronModule):
+    """megatron-core's SelfAttention slot with rows in Hugging Face's order: `[q | k | v]` of this rank's heads.
+
+    With tp > K each rank keeps one kv head, tp / K ranks the same one, and their gradients are summed; megatron-core's own
+    gathers the whole qkv instead.
+
+    Args:
+        config, layer_number: from megatron-core.
+        submodules: who multiplies and who normalises.
+        shape, grid, attend: from the layer's spec.
+    """
+
+    def __init__(
+        self, config: Any, submodules: SelfAttentionSubmodules, layer_number: int, shape: Shape, grid: Grid, attend: Attend, **_: Any
+    ) -> None:
+        super().__init__(config=config)
+        tp, d = grid.tp.size, shape.head_dim
+        self.head_dim, self.layer_number = d, layer_number
+        self.heads, self.kv_heads = shape.heads // tp, max(1, shape.kv_heads // tp)
+        sizes = {"gather_output": False, "skip_bias_add": False, "is_expert": False, "tp_group": grid.tp.group}
+        self.linear_qkv = build_module(
+            submodules.linear_qkv, shape.hidden, tp * (self.heads + 2 * self.kv_heads) * d, config=config,
+            init_method=config.init_method, bias=shape.qkv_bias, tp_comm_buffer_name="qkv", **sizes,
+        )  # fmt: skip
+        self.linear_proj = build_module(
+            submodules.linear_proj, shape.heads * d, shape.hidden, config=config, init_method=config.output_layer_init_method,
+            bias=shape.o_bias, input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_comm_buffer_name="proj",
+            tp_group=grid.tp.group,
+        )  # fmt: skip
+        self.core_attention = PackedAttention(self.heads, self.kv_heads, grid, attend)
+        self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        if shape.qk_norm:
+            self.q_layernorm = build_module(submodules.norm, config=config, hidden_size=d, eps=shape.norm_eps)
+            self.k_layernorm = build_module(submodules.norm, config=config, hidden_size=d, eps=shape.norm_eps)
+        else:
+            self.q_layernorm = self.k_layernorm = nn.Identity()
+        if grid.kv_copies is not None:
+            for param in self.linear_qkv.parameters():
+                sum_row_gradients(param, self.heads * d, grid.kv_copies)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedRow, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[T', 1, C]` → `[T', 1, C]` and the projection's bias, which megatron-core adds with the residual."""
+        mixed, _bias = self.linear_qkv(hidden_states)  # [T/cp, 1, (H + 2K)·D/tp]
+        heads = mixed.view(mixed.shape[0], -1, self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q, k = self.q_layernorm(q), self.k_layernorm(k)
+
+        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.core_attention(q, k, v, packed_seq_params)
+
+        out = tensor_parallel.checkpoint(core, False, q, k, v) if self.recompute and self.training else core(q, k, v)
+        return self.linear_proj(out.reshape(out.shape[0], 1, -1))  # [T/cp, 1, H·D/tp] → [T', 1, C]
+
+
+def self_attention_spec(
+    column: type, row: type, norm: type, shape: Shape, grid: Grid, attend: Attend
+) -> ModuleSpec:  # what TransformerLayer builds
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"shape": shape, "grid": grid, "attend": attend},
+        submodules=SelfAttentionSubmodules(column, row, norm),
+    )

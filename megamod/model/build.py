@@ -1,0 +1,188 @@
+"""From a Shape and a Grid to this rank's model chunks: megatron-core's GPTModel through a layer spec of our parts."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megamod.batch import Batch
+from megamod.config import ModelConfig
+from megamod.model import backends
+from megamod.model.attention import PackedRow, self_attention_spec
+from megamod.model.head import Head
+from megamod.model.norm import RMSNorm
+from megamod.model.shape import Shape
+from megamod.parallel.grid import Grid
+from megamod.weights.table import padded_vocab
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+class Decoder(GPTModel):
+    """One chunk of the model: `chunk(batch)` gives hidden states, and the last chunk's `head` turns them into a Head."""
+
+    def __init__(self, shape: Shape, grid: Grid, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.shape, self.grid = shape, grid
+
+    def forward(self, batch: Batch) -> Tensor:
+        """`[T', 1, C]`: the stage's output, T' = T/cp, or T/(cp·tp) with sequence parallelism."""
+        row = PackedRow.of(batch, self.shape, self.config.params_dtype)
+        tokens = batch.tokens[None]  # positions are in `row`: position_embedding_type is "none"
+        return super().forward(input_ids=tokens, position_ids=tokens, attention_mask=None, packed_seq_params=row)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Stop at the hidden states: the loss asks its Head for what it needs of the vocabulary."""
+        return hidden_states
+
+    def head(self, hidden: Tensor, batch: Batch) -> Head:
+        """The head over this chunk's output; on the last chunk only."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return Head(hidden, weight, self.shape.vocab, batch.rows, self.grid.tp.group, self.grid.sp)
+
+
+def transformer_config(cfg: ModelConfig, shape: Shape, grid: Grid, deterministic: bool) -> TransformerConfig:
+    """megatron-core's configuration of `shape` on `grid`: every value that differs from its defaults, and why."""
+    dtype = DTYPES[cfg.dtype]
+    recompute: dict[str, Any] = {}
+    if cfg.recompute == "full":  # every layer's input is kept, the rest computed again
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif cfg.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": list(cfg.recompute_modules or ("core_attn",))}
+    stages: list[list[str]] = [["decoder"] * n for n in grid.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on options that are set on purpose
+        return TransformerConfig(
+            num_layers=shape.layers,
+            hidden_size=shape.hidden,
+            num_attention_heads=shape.heads,
+            num_query_groups=shape.kv_heads,
+            kv_channels=shape.head_dim,
+            ffn_hidden_size=shape.ffn,
+            normalization="RMSNorm",
+            layernorm_epsilon=shape.norm_eps,
+            qk_layernorm=shape.qk_norm,  # finalize_model_grads then sums q_ and k_layernorm gradients over tp
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            add_qkv_bias=shape.qkv_bias,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            tensor_model_parallel_size=grid.tp.size,
+            pipeline_model_parallel_size=grid.pp.size,
+            virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
+            pipeline_model_parallel_layout=stages if grid.pp.size > 1 else None,
+            context_parallel_size=grid.cp.size,
+            sequence_parallel=grid.sp,
+            # Interleaved stages send both ways at once. Batched, that deadlocks or, on gloo with two stages, mixes up messages
+            # without an error; overlapped, each message has its own request. On meta tensors nothing can be batched.
+            overlap_p2p_comm=grid.vpp > 1,
+            batch_p2p_comm=grid.vpp == 1 and grid.device.type != "meta",
+            # Free what was sent: CUDA's streams keep the bytes until they have left, gloo's threads do not.
+            deallocate_pipeline_outputs=grid.device.type == "cuda",
+            calculate_per_token_loss=True,  # no scaling by micro-batches or ranks: batch.mean has divided already
+            finalize_model_grads_func=_finalize,
+            perform_initialization=False,  # weights are read, or drawn by weights.load.randomize
+            use_cpu_initialization=grid.device.type != "cuda",
+            gradient_accumulation_fusion=False,  # needs NVIDIA's apex
+            masked_softmax_fusion=False,
+            bias_dropout_fusion=False,
+            persist_layer_norm=False,
+            deterministic_mode=deterministic,
+            **recompute,
+        )
+
+
+def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = False) -> tuple[list[Decoder], dict[str, str]]:
+    """This rank's chunks of the model, one per virtual stage, uninitialised; and who attends and multiplies, for the log.
+
+    Raises:
+        MegamodError: a backend that cannot run here, or cannot do what the grid asks.
+    """
+    config = transformer_config(cfg, shape, grid, deterministic)
+    attention_name, attend = backends.attention(cfg.attention, grid.device, deterministic)
+    column, row = backends.linears(cfg.linear)
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=self_attention_spec(column, row, RMSNorm, shape, grid, attend),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    chunks = []
+    for stage in range(grid.vpp):
+        number = stage * grid.pp.size + grid.pp.rank  # in pipeline order
+        with torch.device(grid.device if grid.device.type == "meta" else "cpu"):
+            chunks.append(
+                Decoder(
+                    shape,
+                    grid,
+                    config=config,
+                    transformer_layer_spec=TransformerBlockSubmodules([layer] * grid.layers_per_stage[number], RMSNorm),
+                    vocab_size=padded_vocab(shape.vocab, grid.tp.size),
+                    max_sequence_length=shape.max_position,
+                    pre_process=number == 0,
+                    post_process=number == len(grid.layers_per_stage) - 1,
+                    parallel_output=True,
+                    share_embeddings_and_output_weights=shape.tied,
+                    position_embedding_type="none",
+                    pg_collection=grid.groups,
+                    vp_stage=stage if grid.vpp > 1 else None,
+                )
+            )
+    return chunks, {"attention": attention_name, "linear": cfg.linear}
+
+
+def data_parallel(chunks: Sequence[Decoder], grid: Grid, *, overlap: bool = False) -> list[DistributedDataParallel]:
+    """Wrap the chunks so that gradients accumulate in flat buffers, in at least fp32, and are reduced over dp × cp.
+
+    Call it after the weights are loaded. The distributed optimizer's layout is used on every grid: with one data-parallel rank
+    the share is the whole.
+
+    Args:
+        overlap: reduce bucket by bucket while the backward pass goes on.
+    """
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.params_dtype is torch.bfloat16,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        average_in_collective=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0, pg_collection=grid.groups)
+        for number, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    return wrapped
+
+
+def _finalize(
+    model: list[nn.Module], num_tokens: Tensor | None, pg_collection: ProcessGroupCollection | None = None, force_all_reduce: bool = False
+) -> None:
+    """Sum gradients over dp × cp, over tp where ranks saw other tokens, over the stages that share the embedding; no scaling."""
+    finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)

@@ -1,0 +1,28 @@
+"""RMSNorm (Zhang & Sennrich 2019), with what megatron-core's norms lack: sequence parallelism and float64."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = w · x / √(mean(x²) + ε) over the last axis, computed in at least fp32.
+
+    Args:
+        config: megatron-core's TransformerConfig, for the dtype, the device and whether activations are split over tp.
+        hidden_size: length of the last axis.
+        eps: ε.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # Each tp rank then sees other tokens: finalize_model_grads sums the gradient of what is marked so.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,186 @@
+"""AdamW over a sharded set of parameters: fp32 masters, the true global gradient norm, learning-rate schedules.
+
+Gradients arrive in megatron-core's flat buckets, summed, each data-parallel (× context-parallel) rank holding the final values
+of its share only (ZeRO stage 1; Rajbhandari et al. 2020). A share is described as `Segment`s: a flat range of one piece of one
+Hugging Face tensor. Whatever is asked of the optimizer — which weights decay, what counts towards the norm, where a moment
+goes in a checkpoint — is asked of the segment's piece, on every grid alike.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
+
+from megamod.config import OptimConfig
+from megamod.errors import MegamodError
+from megamod.parallel.grid import Grid
+from megamod.weights.table import Piece, Placed
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """This rank's share of a piece: elements [start, stop) of the piece, flattened. All tensors are 1-D of that length."""
+
+    piece: Piece
+    start: int
+    stop: int
+    weight: Tensor  # a view of the parameter, in its dtype
+    grad: Tensor  # a view of the gradient buffer, in at least fp32
+    master: nn.Parameter  # at least fp32: the weight itself, or its fp32 copy
+
+
+class Update(NamedTuple):
+    grad_norm: float  # before clipping, of the whole model
+    skipped: bool  # a gradient was NaN or infinite: nothing was changed
+
+
+def segments(chunks: Sequence[DistributedDataParallel], items: Sequence[Placed], grid: Grid) -> list[Segment]:
+    """This rank's share of all trained parameters, in the order of its buffers.
+
+    Args:
+        chunks: as `model.build.data_parallel` wraps them.
+        items: where the parameters' pieces lie, as `weights.load.load` returns.
+    """
+    pieces = {item.param: item.pieces for item in items}
+    result = []
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                length = bucket.grad_data.numel() // grid.dp_cp.size
+                low = bucket.offset + grid.dp_cp.rank * length
+                for param in bucket.params_list:
+                    origin = buffer.param_index_map[param][0]
+                    width = param[0].numel()  # of a row
+                    for piece in pieces[param]:
+                        first = origin + piece.row * width
+                        start, stop = max(first, low), min(first + piece.numel, low + length)
+                        if start < stop:
+                            weight, grad = buffer.param_data[start:stop], buffer.grad_data[start:stop]
+                            work = torch.promote_types(weight.dtype, torch.float32)
+                            master = nn.Parameter(weight.detach() if weight.dtype is work else weight.detach().to(work))
+                            result.append(Segment(piece, start - first, stop - first, weight, grad, master))
+    return result
+
+
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over `segments`.
+
+    Raises:
+        MegamodError: a pattern of `no_decay` that matches no tensor of the model.
+    """
+
+    def __init__(self, cfg: OptimConfig, chunks: Sequence[DistributedDataParallel], items: Sequence[Placed], grid: Grid) -> None:
+        self.cfg, self.chunks, self.grid = cfg, chunks, grid
+        self.segments = segments(chunks, items, grid)
+        decay: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for segment in self.segments:
+            (decay if self._decays(segment.piece) else plain).append(segment.master)
+            segment.master.grad = segment.grad
+        _check_patterns(cfg.no_decay, items, grid)
+        groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        fused = grid.device.type == "cuda"
+        # A rank may hold no share at all of a small model; torch's optimizers refuse an empty list, an empty tensor they take.
+        groups = [g for g in groups if g["params"]] or [{"params": [nn.Parameter(torch.empty(0, device=grid.device))]}]
+        self.adam = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+        for segment in self.segments:
+            step = torch.zeros((), dtype=torch.float32, device=grid.device if fused else "cpu")
+            zeros = {kind: torch.zeros_like(segment.master.detach()) for kind in KINDS[1:]}
+            self.adam.state[segment.master] = {"step": step, **zeros}
+        self.steps = 0  # updates made
+
+    def _decays(self, piece: Piece) -> bool:
+        """Matrices decay; norms and biases, which are vectors, never do, nor does what `no_decay` names."""
+        return len(piece.shape) > 1 and not any(re.search(pattern, piece.hf) for pattern in self.cfg.no_decay)
+
+    def tensor(self, segment: Segment, kind: str) -> Tensor:
+        """A segment's master, exp_avg or exp_avg_sq, 1-D."""
+        return segment.master.detach() if kind == "master" else self.adam.state[segment.master][kind]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Update:
+        """Clip by the global norm, update masters and weights, and give every data-parallel rank the new weights.
+
+        Every element of the model counts once in the norm, however many ranks hold a copy. A step with a gradient that is not
+        finite changes nothing.
+        """
+        norm = self.grad_norm()
+        value = float(norm)
+        if not math.isfinite(value):
+            return Update(value, skipped=True)
+        if self.cfg.clip_grad is not None and self.segments:
+            scale = (self.cfg.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([s.grad for s in self.segments], scale)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        if self.segments:
+            self.adam.step()
+        self.steps += 1
+        self.publish()
+        return Update(value, skipped=False)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of the whole model's gradient, a float64 scalar, the same on all ranks: one all-reduce over the world."""
+        owned = [s.grad for s in self.segments if s.piece.owned]
+        norms = torch._foreach_norm(owned) if owned else []
+        squares = torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        squares = squares.to(self.grid.device)
+        dist.all_reduce(squares)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the masters into the weights and gather every rank's share. Also after a checkpoint is read."""
+        rounded = [s for s in self.segments if s.master.dtype is not s.weight.dtype]
+        if rounded:
+            torch._foreach_copy_([s.weight for s in rounded], [s.master.detach() for s in rounded])
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def restore(self, steps: int) -> None:
+        """Continue as after `steps` updates, once the tensors are filled: Adam's bias correction depends on their number."""
+        self.steps = steps
+        for state in self.adam.state.values():
+            state["step"].fill_(steps)
+        self.publish()
+
+
+def _check_patterns(patterns: Sequence[str], items: Sequence[Placed], grid: Grid) -> None:
+    names = [piece.hf for item in items for piece in item.pieces]
+    here = torch.tensor([any(re.search(p, n) for n in names) for p in patterns], dtype=torch.int32, device=grid.device)
+    if len(patterns):
+        dist.all_reduce(here, dist.ReduceOp.MAX)
+        for pattern, found in zip(patterns, here.tolist(), strict=True):
+            if not found:
+                raise MegamodError(f"optim.no_decay: {pattern!r} matches no tensor; names look like {names[0]}")
+
+
+def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of update `step` (from 0) of `steps`.
+
+    All schedules rise linearly over `warmup_steps`. Then: constant; linear or cosine (Loshchilov & Hutter 2017) to `min_lr`
+    over the rest; wsd (Hu et al. 2024, MiniCPM) constant, then linear to `min_lr` over the last `decay_steps`.
+    """
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    floor = cfg.min_lr or 0.0
+    if cfg.schedule == "constant":
+        return cfg.lr
+    if cfg.schedule == "wsd":
+        assert cfg.decay_steps is not None
+        start = steps - cfg.decay_steps
+        part = max(0.0, (step - start) / max(1, cfg.decay_steps))
+        return cfg.lr + (floor - cfg.lr) * part
+    part = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
+    if cfg.schedule == "linear":
+        return cfg.lr + (floor - cfg.lr) * part
+    return floor + (cfg.lr - floor) * 0.5 * (1 + math.cos(math.pi * part))

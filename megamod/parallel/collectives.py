@@ -1,0 +1,51 @@
+"""Sums over ranks that know how to be differentiated.
+
+Two rules, and the wrong one gives an exact loss with wrong gradients:
+
+- Tensor-parallel ranks are replicas of one computation: what they sum is summed once, its gradient is the same on each.
+  megatron-core's mappings (`copy_to_…`, `reduce_from_tensor_model_parallel_region`) follow this rule.
+- Data- and context-parallel ranks each return a *share* of the objective, which is the sum over them: a collective between
+  them is differentiated truthfully, so the backward of a sum is a sum. `all_sum` follows this rule.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        y = x.clone()
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of `x` over the ranks of `group` that share an objective (dp, cp). `group` None: a single process."""
+    return x if group is None or group.size() == 1 else _AllSum.apply(x, group)
+
+
+def sum_row_gradients(param: nn.Parameter, first: int, group: dist.ProcessGroup) -> None:
+    """From now on the gradient of `param`'s rows from `first` on is summed over `group`, whose ranks hold copies of them.
+
+    For kv heads that several tensor-parallel ranks hold: each copy serves other query heads, so each gets a part of the
+    gradient. Done before the gradient is accumulated, so whatever reads it later (data-parallel reduction, the norm, the
+    optimizer) sees the same on every copy.
+    """
+
+    def add_up(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad[first:], group=group)
+        return grad
+
+    param.register_hook(add_up)

@@ -1,0 +1,111 @@
+"""One step: micro-batches through the pipeline, gradients finished. The one file that speaks megatron-core's schedule contract.
+
+megatron-core's schedule (1F1B, or interleaved with virtual stages) calls `forward_step` for each micro-batch and chunk, and on
+the last stage the function it returns. That function makes a Head of the hidden states and calls the loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megamod.batch import UNITS, Batch, Mean
+from megamod.losses import LossFunction
+from megamod.model.build import Decoder
+from megamod.parallel.grid import Grid
+
+Metrics = dict[str, Mean]
+# what a schedule collects of a micro-batch on the last stage: an objective for backward, and metrics
+OnLastStage = Callable[[Tensor], tuple[Tensor, Tensor, Metrics]]
+
+
+def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module, *, grid: Grid, loss: LossFunction) -> tuple[Tensor, OnLastStage]:
+    """megatron-core's forward step: the next micro-batch through one chunk, and what to do with the last one's output."""
+    batch = next(batches).slice(grid.cp.rank, grid.cp.size, grid.cp.group).to(grid.device)
+    return chunk(batch), partial(_objective, chunk=chunk, batch=batch, loss=loss)
+
+
+def _objective(hidden: Tensor, *, chunk: torch.nn.Module, batch: Batch, loss: LossFunction) -> tuple[Tensor, Tensor, Metrics]:
+    value, metrics = loss(_bare(chunk).head(hidden, batch), batch)
+    share = Mean(value.detach(), torch.zeros_like(value))  # already divided: its count of 1 is added once, in `_totalled`
+    no_tokens = torch.zeros((), dtype=torch.int, device=hidden.device)  # megatron-core counts none: batch.mean has
+    return value, no_tokens, {"loss": share, **metrics}
+
+
+def train_step(
+    chunks: Sequence[DistributedDataParallel], batches: Sequence[Batch], loss: LossFunction, grid: Grid
+) -> dict[str, float | Tensor]:
+    """Forward and backward over this data-parallel rank's micro-batches. Gradients are then final, in `param.main_grad`.
+
+    Args:
+        chunks: the rank's model chunks, as `model.build.data_parallel` wraps them.
+        batches: micro-batches of equal length in tokens, the same on the ranks of tp, pp and cp.
+        loss: of `losses.py`, or any function of that signature.
+
+    Returns:
+        On the last stage, the metrics of the whole step: `loss` (the objective) and the loss's own; empty elsewhere.
+    """
+    for chunk in chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    return _run(chunks, batches, loss, grid, forward_only=False)
+
+
+@torch.no_grad()
+def eval_step(
+    chunks: Sequence[DistributedDataParallel | Decoder], batches: Sequence[Batch], loss: LossFunction, grid: Grid
+) -> dict[str, float | Tensor]:
+    """The same metrics without gradients."""
+    for chunk in chunks:
+        chunk.eval()
+    return _run(chunks, batches, loss, grid, forward_only=True)
+
+
+def _run(
+    chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], loss: LossFunction, grid: Grid, *, forward_only: bool
+) -> dict[str, float | Tensor]:
+    batches = with_totals(batches, grid)
+    schedule = get_forward_backward_func(pp_size=grid.pp.size, vp_size=grid.vpp if grid.vpp > 1 else None)
+    iterators = [iter(batches) for _ in chunks]  # each chunk sees every micro-batch
+    collected: list[Metrics] = schedule(
+        forward_step_func=partial(forward_step, grid=grid, loss=loss),
+        data_iterator=iterators,
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=len(batches[0].tokens),  # the schedule itself divides by cp, and by tp under sp
+        micro_batch_size=1,
+        forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(grid.pp.group, _bare(chunks[0]).config),
+        pg_collection=grid.groups,
+    )
+    return _totalled(collected, grid) if grid.is_last_stage else {}
+
+
+def with_totals(batches: Sequence[Batch], grid: Grid) -> list[Batch]:
+    """The micro-batches with the step's global counts, known before any forward pass: one all-reduce."""
+    counts = [batch.counts() for batch in batches]
+    local = torch.stack([sum((c[unit] for c in counts), torch.zeros((), dtype=torch.float64)) for unit in UNITS]).to(grid.device)
+    dist.all_reduce(local, group=grid.dp.group)
+    totals = dict(zip(UNITS, local.unbind(), strict=True))
+    return [replace(batch, totals=totals) for batch in batches]
+
+
+def _totalled(collected: Sequence[Metrics], grid: Grid) -> dict[str, float | Tensor]:
+    """Sum ÷ count of each metric over micro-batches and ranks, as scalars on the device; one all-reduce."""
+    names = list(collected[0])
+    pairs = torch.stack([torch.stack([torch.stack([m[name].sum, m[name].count]).double() for m in collected]).sum(0) for name in names])
+    dist.all_reduce(pairs, group=grid.dp_cp.group)
+    pairs[names.index("loss"), 1] = 1.0
+    return dict(zip(names, (pairs[:, 0] / pairs[:, 1]).unbind(), strict=True))
+
+
+def _bare(chunk: torch.nn.Module) -> Decoder:
+    model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    assert isinstance(model, Decoder)
+    return model

@@ -1,0 +1,238 @@
+"""Ranks → Hugging Face: a directory that transformers, vLLM and mistral.rs load, written by all ranks, seen whole or not at all.
+
+The same table as in loading says where each tensor's pieces lie. In a pipeline stage the tensors are dealt to the TP ranks by
+size; pieces travel to their tensor's writer one tensor at a time, so a rank holds one shard at most, and ranks write at once.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megamod.errors import MegamodError, listed
+from megamod.model.shape import Shape, both_spellings, read_config, read_shape
+from megamod.parallel.grid import Grid
+from megamod.weights.load import INDEX
+from megamod.weights.table import Piece, hf_shapes, placed
+
+# What makes a directory stand alone beside its config and weights; copied from the source where it has them.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE*",
+)  # fmt: skip
+
+# Hugging Face name → its pieces over the TP ranks, once each: the rank that owns it, this rank's parameter, the piece.
+Stage = Mapping[str, Sequence[tuple[int, nn.Parameter, Piece]]]
+
+
+def export(
+    chunks: Sequence[nn.Module],
+    shape: Shape,
+    grid: Grid,
+    directory: str | Path,
+    *,
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 4_000_000_000,
+) -> Path:
+    """Write the model to `directory`, which must be new or empty, and on storage that all ranks share; every rank calls it.
+
+    Args:
+        chunks: this rank's, bare or wrapped in DistributedDataParallel.
+        source: the Hugging Face directory that the run began from: its config.json, tokenizer and licence are copied.
+        dtype: of the written tensors; None: the parameters' own, bit for bit.
+        shard_bytes: a file holds at most so much, or a single larger tensor.
+
+    Raises:
+        MegamodError: on every rank alike: a target that holds something, a source that describes another model, a failed write.
+    """
+    target = Path(directory).resolve()
+    draft = target.with_name(f".{target.name}.tmp")
+    stage = _stage(chunks, shape, grid.tp.size)
+    dtype = dtype or next((held[0][1].dtype for held in stage.values()), torch.float32)  # a stage may be empty, the first is not
+    shards = _deal(stage, grid.tp.size, dtype.itemsize, shard_bytes)
+    try:
+        # Where it fails, the others learn of it: each step ends with all ranks agreed that it is done, or with the same error.
+        _together(grid.rank == 0, lambda: _prepare(shape, Path(source), target, draft, dtype), target)
+        files = _name_files(shards[grid.tp.rank] if grid.dp_cp.rank == 0 else [], shape, grid)
+        _together(grid.dp_cp.rank == 0, lambda: _write_shards(stage, shards, files[grid.rank], draft, grid, dtype), target)
+        _together(grid.rank == 0, lambda: _finish(files, shape, draft, target, dtype), target)
+    except MegamodError:
+        if grid.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return Path(directory)
+
+
+def _stage(chunks: Sequence[nn.Module], shape: Shape, tp: int) -> Stage:
+    """Where the tensors of this pipeline stage lie; each TP rank finds the same names in the same order."""
+    stage: dict[str, list[tuple[int, nn.Parameter, Piece]]] = {}
+    for rank in range(tp):
+        for item in placed(chunks, shape, tp, rank):
+            for piece in item.pieces:
+                if piece.owned:
+                    stage.setdefault(piece.hf, []).append((rank, item.param, piece))
+    for name, held in stage.items():
+        assert sum(piece.numel for _, _, piece in held) == math.prod(held[0][2].shape), f"the pieces of {name} are not the whole"
+    return stage
+
+
+def _deal(stage: Stage, tp: int, itemsize: int, shard_bytes: int) -> list[list[list[str]]]:
+    """For each TP rank the shards that it writes, a shard being the names of its tensors in the stage's order.
+
+    A tensor goes to the rank with the fewest bytes so far. So their shards fill, and are written, at the same time. Only as
+    many ranks write as there are shards to fill.
+    """
+    sizes = {name: math.prod(held[0][2].shape) * itemsize for name, held in stage.items()}
+    writers = min(tp, max(1, math.ceil(sum(sizes.values()) / shard_bytes)))
+    shards: list[list[list[str]]] = [[] for _ in range(tp)]
+    total, room = [0] * writers, [0] * writers
+    for name, size in sizes.items():
+        writer = total.index(min(total))
+        if size > room[writer]:
+            shards[writer].append([])
+            room[writer] = shard_bytes
+        shards[writer][-1].append(name)
+        total[writer] += size
+        room[writer] -= size
+    return shards
+
+
+def _name_files(own: Sequence[Sequence[str]], shape: Shape, grid: Grid) -> list[dict[str, Sequence[str]]]:
+    """Every rank's files and the tensors in each, numbered through all ranks."""
+    gathered: list[Any] = [None] * grid.world
+    dist.all_gather_object(gathered, own)
+    names = sorted(name for shards in gathered for shard in shards for name in shard)
+    assert names == sorted(hf_shapes(shape)), "the stages together hold each tensor once"
+    count, number, files = sum(map(len, gathered)), 0, []
+    for shards in gathered:
+        files.append({f"model-{number + i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)})
+        number += len(shards)
+    return files
+
+
+def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype) -> None:
+    """Rank 0, first: refuse what cannot succeed, then begin the draft with all but the weights."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise MegamodError(f"{target}: exists and is not an empty directory; export to a new one, or remove it")
+    found = read_shape(source)
+    differ = [f.name for f in fields(Shape) if getattr(found, f.name) != getattr(shape, f.name)]
+    if differ:
+        raise MegamodError(f"{source}: config.json describes another model than the one to export: its {listed(differ)} differ")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if draft.exists():  # left by an export that was killed
+        shutil.rmtree(draft)
+    draft.mkdir()
+    _write_json(draft / "config.json", both_spellings(read_config(source), str(dtype).removeprefix("torch.")))
+    for file in sorted(f for pattern in COMPANIONS for f in source.glob(pattern)):
+        if file.resolve().parent != source.resolve():  # what it shows might be a secret of this machine
+            raise MegamodError(f"{file}: a link that leaves the directory is not followed; put the file itself there")
+        if file.is_file():
+            shutil.copyfile(file, draft / file.name)
+            _sync(draft / file.name)
+
+
+def _write_shards(
+    stage: Stage, shards: Sequence[Sequence[Sequence[str]]], files: Mapping[str, Sequence[str]], draft: Path, grid: Grid, dtype: torch.dtype
+) -> None:
+    """The ranks of one TP group: bring each tensor to its writer, and write a shard when its last tensor is there."""
+    writers = {name: rank for rank, own in enumerate(shards) for shard in own for name in shard}
+    last = {names[-1]: file for file, names in files.items()}
+    shard: dict[str, Tensor] = {}
+    fault: Exception | None = None
+    for name, held in stage.items():
+        tensor = _gather(held, writers[name], grid, dtype)
+        if tensor is None or fault is not None:
+            continue  # after a fault too the exchange goes on, or the others would wait for this rank
+        shard[name] = tensor
+        if name in last:
+            try:
+                _save(shard, draft / last[name], draft)
+            except (OSError, SafetensorError) as error:
+                fault = error
+            shard = {}
+    if fault is not None:
+        raise fault
+
+
+def _gather(held: Sequence[tuple[int, nn.Parameter, Piece]], writer: int, grid: Grid, dtype: torch.dtype) -> Tensor | None:
+    """One tensor on the CPU of its writer; None on the other ranks, which send what they own of it.
+
+    Every rank goes through all pieces of all tensors in the same order, so a blocking send always meets its receiver.
+    """
+    me, group = grid.tp.rank, grid.tp.group
+    whole = torch.empty(held[0][2].shape, dtype=dtype) if me == writer else None
+    for owner, param, piece in held:
+        if me not in (owner, writer):
+            continue
+        if me == owner:
+            part = piece.of(param).detach().to(dtype).contiguous()
+            if me != writer:
+                dist.send(part, group=group, group_dst=writer)
+        else:
+            part = torch.empty(piece.size, dtype=dtype, device=param.device)
+            dist.recv(part, group=group, group_src=owner)
+        if whole is not None:
+            whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.size, strict=True))] = part.cpu()
+    return whole
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, draft: Path) -> None:
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod((draft / "config.json").stat().st_mode)  # safetensors leaves 0600; config.json has what the umask gives
+    _sync(file)
+
+
+def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: Path, target: Path, dtype: torch.dtype) -> None:
+    """Rank 0, last: the index, and the directory's name."""
+    where = {name: file for own in files for file, names in own.items() for name in names}
+    total = sum(math.prod(size) for size in hf_shapes(shape).values()) * dtype.itemsize
+    _write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    _sync(draft)
+    os.rename(draft, target)
+    _sync(target.parent)
+
+
+def _together(acts: bool, step: Callable[[], None], where: Path) -> None:
+    """Take `step` on the ranks that act in it; where it failed on one, raise its fault on all.
+
+    Raises:
+        MegamodError: the fault of the first rank that has one.
+    """
+    fault = None
+    try:
+        if acts:
+            step()
+    except MegamodError as error:
+        fault = str(error)
+    except (OSError, SafetensorError) as error:
+        fault = f"{where}: rank {dist.get_rank()} cannot write it: {' '.join(str(error).split())}"
+    faults: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    first = next((f for f in faults if f is not None), None)
+    if first is not None:
+        raise MegamodError(first)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,160 @@
+"""Hugging Face → rank, by slices: each rank reads only its share of each tensor, straight into its parameters.
+
+Strict: every key of the checkpoint and every parameter exactly once, with the shape that config.json promises.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from megamod.errors import MegamodError, listed
+from megamod.model.shape import Shape
+from megamod.parallel.grid import Grid
+from megamod.weights.table import Placed, hf_shapes, placed, zero_padding
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Buffers that old exports carry and no computation reads.
+IGNORED = ("rotary_emb.inv_freq",)
+
+
+class Source(Protocol):
+    """Tensors by Hugging Face's names, readable in part."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor: ...
+
+
+class Safetensors:
+    """A directory of safetensors shards. Only bare file names inside the directory are opened, and nothing is executed.
+
+    Raises:
+        MegamodError: no checkpoint, a shard that is missing, truncated, outside the directory or not named `*.safetensors`,
+            or an index that disagrees with the shards.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._where, names = self._index()
+        self._shards = {name: self._open(name) for name in sorted(names, key=str)}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, shard in self._shards.items():
+            for key in shard.keys():  # noqa: SIM118 (a method of safe_open, no mapping)
+                if self._where.setdefault(key, name) != name:
+                    raise MegamodError(f"{self.directory / INDEX}: {key} is said to be in {self._where[key]}, and {name} holds it")
+                self._shapes[key] = tuple(shard.get_slice(key).get_shape())
+        absent = sorted(set(self._where) - set(self._shapes))
+        if absent:
+            raise MegamodError(f"{self.directory / INDEX}: {absent[0]} is not in {self._where[absent[0]]}, where it is said to be")
+
+    def _index(self) -> tuple[dict[str, str], set[str]]:
+        file = self.directory / INDEX
+        if not file.exists():
+            if not (self.directory / SINGLE).exists():
+                raise MegamodError(f"{self.directory}: holds neither {INDEX} nor {SINGLE}")
+            return {}, {SINGLE}
+        try:
+            where = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            names = set(where.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MegamodError(f"{file}: a JSON object with `weight_map` was expected ({error})") from None
+        return dict(where), names
+
+    def _open(self, name: str) -> safe_open:
+        path = self.directory / str(name)
+        try:
+            inside = path.resolve().parent == self.directory.resolve()
+        except ValueError:  # characters that no file name can have
+            inside = False
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or not inside:
+            raise MegamodError(f"{self.directory / INDEX}: {name!r} must be a bare *.safetensors name inside the directory")
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except FileNotFoundError:
+            raise MegamodError(f"{path}: missing, and the index names it") from None
+        except (SafetensorError, OSError) as error:
+            raise MegamodError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        view = self._shards[self._where[name]].get_slice(name)
+        return view[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+
+
+class Tensors:
+    """A state dict in memory as a Source: for tests and notebooks."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        return self.tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+
+
+class Random:
+    """Weights drawn from N(0, std²), norms 1 and biases 0; a tensor depends on its name and the seed, not on the grid."""
+
+    def __init__(self, shape: Shape, seed: int, std: float = 0.02) -> None:
+        self._shapes, self.seed, self.std = hf_shapes(shape), seed, std
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        if len(self._shapes[name]) == 1:
+            return torch.ones(*size) if name.endswith("norm.weight") else torch.zeros(*size)
+        result = torch.empty(*size)
+        for i in range(size[0]):  # row by row, so that a rank draws its rows only
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name} {offset[0] + i}".encode()))
+            row = torch.randn(self._shapes[name][1], generator=generator) * self.std
+            result[i] = row[offset[1] : offset[1] + size[1]]
+        return result
+
+
+def check_keys(source: Source, shape: Shape, where: str) -> None:
+    """Every tensor once, in its shape, and no other.
+
+    Raises:
+        MegamodError: a line that lists what is missing, unexpected or mis-shaped.
+    """
+    expected, found = hf_shapes(shape), source.shapes()
+    redundant = {"lm_head.weight"} if shape.tied else set()
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(k for k in found.keys() - expected.keys() - redundant if not k.endswith(IGNORED))
+    wrong = [f"{k} is {found[k]}, not {expected[k]}" for k in sorted(expected.keys() & found.keys()) if found[k] != expected[k]]
+    kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": wrong}
+    faults = [f"{len(names)} {what}: {listed(names)}" for what, names in kinds.items() if names]
+    if faults:
+        raise MegamodError(f"{where}: the tensors do not match config.json: {'; '.join(faults)}")
+
+
+def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, where: str = "checkpoint") -> list[Placed]:
+    """Fill this rank's chunks from `source`, converting the dtype. Returns where every parameter's pieces lie.
+
+    Raises:
+        MegamodError: see `check_keys`; or a tied checkpoint whose lm_head.weight is not its embedding.
+    """
+    check_keys(source, shape, where)
+    items = placed(chunks, shape, grid.tp.size, grid.tp.rank)
+    compare_head = shape.tied and "lm_head.weight" in source.shapes()
+    with torch.no_grad():
+        for item in items:
+            zero_padding(item)
+            for piece in item.pieces:
+                tensor = source.read(piece.hf, piece.offset, piece.size)
+                piece.of(item.param).copy_(tensor)
+                is_tied = compare_head and piece.hf == "model.embed_tokens.weight"
+                if is_tied and not torch.equal(tensor, source.read("lm_head.weight", piece.offset, piece.size)):
+                    raise MegamodError(f"{where}: config.json ties the embeddings, but lm_head.weight differs from them")
+    return items

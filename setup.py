@@ -1,0 +1,36 @@
+"""Installation. Versions are those that the tests run with; megamod.versions refuses the ones known not to fit."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megamod",
+    version="0.1.0",
+    description="Training content-moderation language models on megatron-core, every part of the run open to the researcher",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megamod", "megamod.*"]),
+    install_requires=[
+        "torch==2.13.0",
+        "megatron-core==0.16.1",
+        "transformers==5.23.0",
+        "tokenizers==0.23.3",
+        "safetensors==0.8.0",
+        "sentencepiece==0.2.3",
+        "numpy>=2.2,<2.5",
+        "tensorboard==2.21.0",
+        "rich==15.0.0",
+    ],
+    extras_require={
+        "cuda": ["transformer-engine[pytorch]", "flash-attn", "triton"],
+        "test": [
+            "pytest==9.2.0",
+            "hypothesis==6.170.15",
+            "peft==0.21.2",
+            "trl==1.16.0",
+            "bitsandbytes==0.50.2",
+            "mistralrs==0.9.5",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+        ],
+    },
+)

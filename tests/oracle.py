@@ -1,0 +1,100 @@
+"""The plain single process that everything is compared with: transformers, document by document, in float64.
+
+transformers computes RMSNorm and RoPE in fp32; here both keep the dtype of their input, with transformers' own frequencies.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megamod.batch import Batch
+from megamod.losses import LossFunction
+from megamod.model.head import Head
+
+
+def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """transformers' model of tiny config `name` with `tiny.weights`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = tiny.config(name)
+    if config["model_type"] == "internlm3":  # the Llama class computes it: no class of its own in transformers
+        config = {**config, "model_type": "llama"}
+    kind = config.pop("model_type")
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), attn_implementation="sdpa").to(dtype)
+    state = tiny.weights(name, dtype)
+    result = hf.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= {"lm_head.weight"}
+    hf.tie_weights()
+    if dtype is torch.float64:
+        for module in hf.modules():
+            kind = type(module).__name__
+            if kind.endswith("RMSNorm"):
+                module.forward = _rms_norm.__get__(module)
+            elif kind.endswith("RotaryEmbedding"):
+                module.forward = _rotary.__get__(module)
+    return hf
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+
+
+def _rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
+    both = torch.cat((angles, angles), -1)
+    return both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
+
+
+@dataclass(frozen=True)
+class Document:
+    tokens: list[int]
+    labels: list[int]  # unshifted: labels[i] is tokens[i] where it is trained, else -100
+    verdict: list[bool]
+    weight: float = 1.0
+
+
+def run(hf: nn.Module, batches: Sequence[Batch], loss: LossFunction) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective over all `batches` and its gradient by Hugging Face's names: each document through the model alone."""
+    from megamod.batch import UNITS
+
+    hf.zero_grad()
+    totals = {unit: sum(batch.counts()[unit] for batch in batches) for unit in UNITS}
+    value = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        pieces = [hf.model(document[None]).last_hidden_state[0] for document in batch.tokens.split(batch.lengths)]
+        head = Head.whole(torch.cat(pieces)[batch.rows], hf.lm_head.weight)
+        value = value + loss(_PlainHead(head.hidden, hf.lm_head.weight), _with(batch, totals)).value
+    value.backward()
+    return value.detach(), {name: p.grad for name, p in hf.named_parameters() if p.grad is not None}
+
+
+def _with(batch: Batch, totals: Any) -> Batch:
+    from dataclasses import replace
+
+    return replace(batch, totals=totals)
+
+
+class _PlainHead:
+    """The head in textbook form: all logits at once."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self._log_p = F.log_softmax(hidden @ weight.t(), -1)
+        self._z = hidden @ weight.t()
+
+    def logprobs(self, ids: Tensor) -> Tensor:
+        return self._log_p.gather(-1, ids[:, None])[:, 0]
+
+    def entropy(self) -> Tensor:
+        return -(self._log_p.exp() * self._log_p).sum(-1)
+
+    def logsumexp(self) -> Tensor:
+        return self._z.logsumexp(-1)
+
+
+LossMaker = Callable[[], LossFunction]

@@ -1,0 +1,126 @@
+"""What a pool rank does in the parity tests: a tiny model on a grid, one step, every gradient against the oracle's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import rows
+import tiny
+import torch
+from torch import Tensor
+
+from megamod.batch import Batch
+from megamod.config import ModelConfig, OptimConfig, ParallelConfig
+from megamod.losses import Loss
+from megamod.model.build import build, data_parallel
+from megamod.model.head import Head
+from megamod.optim import Optimizer, Segment
+from megamod.parallel.grid import Grid, started
+from megamod.step import train_step
+from megamod.weights.load import Tensors, load
+from megamod.weights.table import boxes
+
+
+def everything(head: Head, batch: Batch) -> Loss:
+    """A loss that asks all that a loss may ask: three units, a term that is not linear in a sequence, entropy, z-loss."""
+    logp = head.logprobs(batch.labels)
+    per_sequence = batch.per_sequence(logp)
+    has_label = batch.per_sequence(torch.ones_like(logp)) > 0
+    tokens = batch.mean(torch.where(batch.verdict, 4.0, 1.0).to(logp.dtype) * -logp, over="tokens")
+    weights = batch.mean(-logp * batch.weight.to(logp.dtype), over="weights")
+    samples = batch.mean(torch.nn.functional.softplus(-0.1 * per_sequence - 2) * has_label, over="samples")
+    extras = batch.mean(1e-2 * head.logsumexp().square() - 0.1 * head.entropy(), over="tokens")
+    return Loss(tokens + 0.5 * weights + samples + extras, {"nll": batch.mean_of(-logp)})
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    parallel: ParallelConfig
+    recompute: str = "none"
+    recompute_modules: tuple[str, ...] | None = None
+    dtype: str = "float64"
+    micro_batches: int | None = None  # per rank; None: as few as the schedule allows, but two
+    overlap: bool = False
+
+    def batches(self, grid: Grid) -> list[Batch]:
+        fewest = grid.pp.size if grid.vpp > 1 else 2
+        count = self.micro_batches or min(fewest, len(rows.LENGTHS) // grid.dp.size)
+        return rows.shared(rows.rows(tiny.shape(self.model).vocab), grid.dp.rank, grid.dp.size, count)
+
+
+@dataclass
+class Run:
+    grid: Grid
+    case: Case
+    optimizer: Optimizer
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def step(self, loss: Any = everything) -> None:
+        self.metrics = train_step(self.optimizer.chunks, self.case.batches(self.grid), loss, self.grid)
+
+
+def prepare(case: Case, grid: Grid, optim: OptimConfig | None = None) -> Run:
+    shape = tiny.shape(case.model)
+    cfg = ModelConfig(path="", dtype=case.dtype, recompute=case.recompute, recompute_modules=case.recompute_modules)  # type: ignore[arg-type]
+    chunks, _ = build(cfg, shape, grid)
+    items = load(chunks, shape, grid, Tensors(tiny.weights(case.model)))
+    wrapped = data_parallel(chunks, grid, overlap=case.overlap)
+    return Run(grid, case, Optimizer(optim or OptimConfig(), wrapped, items, grid))
+
+
+@contextmanager
+def running(case: Case, optim: OptimConfig | None = None) -> Iterator[Run]:
+    with started(case.parallel, tiny.shape(case.model)) as grid:
+        yield prepare(case, grid, optim)
+
+
+def worst(run: Run, expected: dict[str, Tensor], of: Any) -> float:
+    """The largest error over this rank's segments, relative to the largest element of the whole tensor."""
+    error = 0.0
+    for segment in run.optimizer.segments:
+        whole = expected[segment.piece.hf]
+        mine = of(segment)
+        for start, stop, (offset, size) in boxes(segment.piece, segment.start, segment.stop):
+            there = whole[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+            here = mine[start - segment.start : stop - segment.start].view(size)
+            error = max(error, float((here - there).abs().max() / whole.abs().max().clamp(min=1e-30)))
+    return error
+
+
+def gradient(segment: Segment) -> Tensor:
+    return segment.grad
+
+
+def owned(run: Run) -> int:
+    """Elements that this rank owns: over the world they are the model's, each once."""
+    return sum(s.stop - s.start for s in run.optimizer.segments if s.piece.owned)
+
+
+def compare(cases: list[Case], expected_file: str) -> list[tuple[float, float, int]]:
+    """For each case on this rank: error of the loss, worst error of a gradient, elements owned. Grids are reused in a row."""
+    expected = torch.load(expected_file, weights_only=True)
+    results: list[tuple[float, float, int]] = []
+    for grid_cases in _by_grid(cases):
+        # The model's kv heads decide which groups a grid has, so a grid serves models of equal kv heads.
+        with started(grid_cases[0].parallel, tiny.shape(grid_cases[0].model)) as grid:
+            for case in grid_cases:
+                run = prepare(case, grid)
+                run.step()
+                value, gradients = expected[case.model]["loss"], expected[case.model]["gradients"]
+                loss_error = abs(float(run.metrics["loss"]) - float(value)) / abs(float(value)) if run.metrics else 0.0
+                results.append((loss_error, worst(run, gradients, gradient), owned(run)))
+    return results
+
+
+def _by_grid(cases: list[Case]) -> list[list[Case]]:
+    groups: list[list[Case]] = []
+    key = None
+    for case in cases:
+        this = (replace(case.parallel, layers_per_stage=None), case.parallel.layers_per_stage, tiny.shape(case.model).kv_heads)
+        if this != key:
+            groups.append([])
+            key = this
+        groups[-1].append(case)
+    return groups

@@ -1,0 +1,125 @@
+"""The proof: loss and every gradient on every grid equal transformers' in one process, document by document, in float64 to 1e-11.
+
+`REPORT=1 python -m pytest tests/test_parity.py` writes README's table of the worst errors; without it the table must be whole.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import distributed
+import oracle
+import parity
+import pytest
+import rows
+import tiny
+import torch
+from parity import Case
+
+from megamod.config import ParallelConfig as P
+
+TOLERANCE = 1e-11
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- parity table: written by tests/test_parity.py -->", "<!-- end of the parity table -->"
+
+# Every tp × pp × vpp × sp that fits 8 ranks, the rest of which are data-parallel, with and without cp; uneven splits.
+GRIDS = [
+    P(), P(pp=2), P(pp=4), P(pp=2, vpp=2), P(pp=2, layers_per_stage=(1, 3)),
+    P(tp=2), P(tp=2, sp=True), P(tp=2, pp=2), P(tp=2, pp=2, sp=True), P(tp=2, pp=4), P(tp=2, pp=4, sp=True),
+    P(tp=2, pp=2, vpp=2), P(tp=2, pp=2, vpp=2, sp=True), P(tp=2, pp=2, vpp=2, layers_per_stage=(2, 1, 0, 1)),
+    P(tp=4), P(tp=4, sp=True), P(tp=4, pp=2), P(tp=4, pp=2, sp=True), P(tp=4, pp=2, vpp=2), P(tp=4, pp=2, vpp=2, sp=True),
+    P(tp=8), P(tp=8, sp=True),
+    P(cp=2), P(cp=4, pp=2), P(cp=8), P(tp=2, cp=2, sp=True), P(tp=2, pp=2, cp=2), P(tp=2, pp=2, vpp=2, cp=2, sp=True), P(tp=4, cp=2),
+]  # fmt: skip
+# By kv heads: models of equal kv heads share a started grid.
+MODELS = sorted(tiny.CONFIGS, key=lambda name: (tiny.shape(name).kv_heads, name))
+
+
+def label(p: P, world: int = distributed.WORLD) -> str:
+    """`tp 2 · pp 2 · vpp 2 · dp 2 · sp`"""
+    sizes = {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "dp": world // (p.tp * p.pp * p.cp)}
+    text = " · ".join(f"{name} {n}" for name, n in sizes.items() if n > 1) + (" · sp" if p.sp else "")
+    return text + (f" · layers {'+'.join(map(str, p.layers_per_stage))}" if p.layers_per_stage else "")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The oracle's loss and gradients of every tiny model, in a file that the ranks read."""
+    results = {}
+    for name in MODELS:
+        value, gradients = oracle.run(oracle.model(name), rows.rows(tiny.shape(name).vocab), parity.everything)
+        results[name] = {"loss": value, "gradients": gradients}
+    path = tmp_path_factory.mktemp("oracle") / "expected.pt"
+    torch.save(results, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[tuple[str, str], float]:
+    """(grid, model) → worst error over losses, gradients and recompute modes; filled by `test_grid`, read by `test_readme`."""
+    return {}
+
+
+def check(cases: list[Case], expected: str, tolerance: float = TOLERANCE) -> list[float]:
+    """Run `cases`; each one's error must be within the tolerance, and the ranks must own every weight exactly once."""
+    answers = distributed.run(distributed.WORLD, parity.compare, cases, expected)
+    errors, faults = [], []
+    for number, case in enumerate(cases):
+        losses, gradients, owned = zip(*(answer[number] for answer in answers), strict=True)
+        errors.append(max(*losses, *gradients))
+        if not errors[-1] <= tolerance:
+            faults.append(f"{case}: loss off by {max(losses):.1e}, a gradient by {max(gradients):.1e}")
+        if sum(owned) != tiny.shape(case.model).parameters():
+            faults.append(f"{case}: {sum(owned)} weights are owned of {tiny.shape(case.model).parameters()}")
+    assert not faults, "\n".join(faults)
+    return errors
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=label)
+def test_grid(grid: P, expected: str, table: dict[tuple[str, str], float]) -> None:
+    """Every model on this grid, without and with full recompute; one model with selective recompute of each part too."""
+    cases = [Case(name, grid, recompute) for name in MODELS for recompute in ("none", "full")]
+    cases += [Case(MODELS[-1], grid, "selective", modules) for modules in (("core_attn",), ("core_attn", "mlp", "layernorm"))]
+    for case, error in zip(cases, check(cases, expected), strict=True):
+        key = (label(grid), case.model)
+        table[key] = max(table.get(key, 0.0), error)
+
+
+def test_selective_recompute(expected: str) -> None:
+    """Every model with selective recompute of each part, where tp, pp and sp meet."""
+    grid = P(tp=2, pp=2, sp=True)
+    check([Case(name, grid, "selective", (part,)) for name in MODELS for part in ("core_attn", "mlp", "layernorm")], expected)
+
+
+def test_overlap(expected: str) -> None:
+    """Gradients reduced bucket by bucket while the backward pass goes on."""
+    check([Case("qwen3-tied", grid, overlap=True) for grid in (P(), P(tp=2, pp=2), P(pp=2, vpp=2))], expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fp32(model: str, tmp_path: Path) -> None:
+    """The same in fp32, to 1e-5: nothing is computed in less than the parameters' precision."""
+    value, gradients = oracle.run(oracle.model(model, torch.float32), rows.rows(tiny.shape(model).vocab), parity.everything)
+    torch.save({model: {"loss": value, "gradients": gradients}}, tmp_path / "fp32.pt")
+    check([Case(model, P(tp=2, pp=2, sp=True), dtype="float32")], str(tmp_path / "fp32.pt"), tolerance=1e-5)
+
+
+def render(table: dict[tuple[str, str], float]) -> str:
+    lines = ["| grid of 8 ranks | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
+    for grid in map(label, GRIDS):
+        lines.append(f"| {grid} | " + " | ".join(f"{table[grid, name]:.0e}" if (grid, name) in table else "" for name in MODELS) + " |")
+    return "\n".join(lines)
+
+
+def test_readme(table: dict[tuple[str, str], float], request: pytest.FixtureRequest) -> None:
+    """README's table has every grid and model, no empty cell, and no error above the tolerance."""
+    text = README.read_text(encoding="utf-8")
+    if os.environ.get("REPORT"):
+        assert len(table) == len(GRIDS) * len(MODELS), "run the whole file to write the table"
+        text = text[: text.index(BEGIN) + len(BEGIN)] + "\n" + render(table) + "\n" + text[text.index(END) :]
+        README.write_text(text, encoding="utf-8")
+    lines = text[text.index(BEGIN) : text.index(END)].strip().splitlines()[1:]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert cells[0][1:] == MODELS
+    assert [row[0] for row in cells[2:]] == [label(grid) for grid in GRIDS]
+    assert all(float(cell) <= TOLERANCE for row in cells[2:] for cell in row[1:])

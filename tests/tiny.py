@@ -1,0 +1,57 @@
+"""Small models that cover what decides a code path: families, biases, norms, tying, rope scaling, few kv heads, odd sizes."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamod.model.shape import Shape, shape_of
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "vocab_size": 61, "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e6}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    "rope_theta": 5e5,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 6.0}
+
+# name → what differs from BASE. Together: every family, both ties, both biases, every rope, tp > kv heads.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
+    "qwen2-tied-yarn": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": YARN},
+    "qwen2-1kv": {"model_type": "qwen2", "num_key_value_heads": 1, "rope_theta": 1e6},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8, "rope_theta": 1e6, "num_key_value_heads": 2},
+    "qwen3-tied": {"model_type": "qwen3", "head_dim": 8, "rope_theta": 1e6, "tie_word_embeddings": True},
+    "llama2": {"model_type": "llama", "rope_theta": 1e4},
+    "llama3": {"model_type": "llama", "rope_parameters": LLAMA3, "num_key_value_heads": 2},
+    "llama-bias-tied": {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": True, "rope_theta": 1e4},
+    "mistral": {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": 64, "num_key_value_heads": 2},
+    "internlm3": {"model_type": "internlm3", "rope_theta": 5e7, "num_key_value_heads": 2, "rope_scaling": DYNAMIC},
+}  # fmt: skip
+
+
+def config(name: str, **changes: Any) -> dict[str, Any]:
+    """The config.json of a tiny model."""
+    return {**BASE, **CONFIGS[name], **changes}
+
+
+@functools.cache
+def shape(name: str) -> Shape:
+    return shape_of(config(name))
+
+
+def weights(name: str, dtype: torch.dtype = torch.float64, seed: int = 7) -> dict[str, Tensor]:
+    """A Hugging Face state dict with every tensor random, norms and biases too, so that each one's place matters."""
+    from megamod.weights.table import hf_shapes
+
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for key, size in hf_shapes(shape(name)).items():
+        x = torch.randn(*size, generator=generator, dtype=torch.float64) * 0.3
+        result[key] = (1.0 + 0.5 * x if key.endswith("norm.weight") else x).to(dtype)
+    return result
