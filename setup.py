@@ -18,7 +18,7 @@ setup(
         "sentencepiece==0.2.3",
         "numpy>=2.2,<2.5",
         "tensorboard==2.21.0",
-        "rich==15.0.0",
+        "tqdm==4.70.1",
     ],
     extras_require={
         "cuda": ["transformer-engine[pytorch]", "flash-attn", "triton"],

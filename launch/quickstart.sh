@@ -7,4 +7,4 @@ megamod_venv
 cd "$MEGAMOD_ROOT"
 rm -rf runs/tiny
 bash launch/node.sh configs/tiny.py parallel.tp=2 "$@"
-python tools/compare_hf.py runs/tiny/hf
+python tools/compare_hf.py runs/tiny/hf/step-*

@@ -43,7 +43,7 @@ class Batch:
     verdict: Tensor  # [N] bool: whether that token belongs to the verdict
     weight: Tensor  # [N] float: the weight of that token
     sequence: Tensor  # [N] int64: which document it belongs to
-    totals: Mapping[Unit, Tensor] = field(default_factory=dict)  # unit → its count in the whole step, scalars
+    totals: Mapping[Unit, Tensor] = field(default_factory=dict)  # unit → its count in the whole step; none: this batch is the step
     cp: dist.ProcessGroup | None = None  # the ranks that share the row
 
     @property
@@ -92,7 +92,8 @@ class Batch:
         """
         if over not in UNITS:
             raise MegamodError(f"batch.mean(over={over!r}): {nearest(over, UNITS)}")
-        total = self.totals[over].to(x.dtype)
+        assert self.totals or self.cp is None, "the step's counts are taken from whole rows: step.with_totals"
+        total = (self.totals or self.counts())[over].to(x.dtype)
         share = x.sum() / torch.where(total > 0, total, 1.0)  # a step without any: 0, and zero gradients
         # Context-parallel ranks hold the same `[S]`, and the objective is the sum over them.
         return share / self.cp.size() if over == "samples" and self.cp is not None else share
@@ -101,7 +102,7 @@ class Batch:
         """`[N]` → `[S]`: the sum of `x` over each document's labelled positions, wherever in the row's ranks they lie."""
         return all_sum(x.new_zeros(self.sequences).index_add(0, self.sequence, x), self.cp)
 
-    def mean_of(self, x: Tensor) -> Mean:
-        """A metric: the mean of `x` over everything it is computed on, in the whole step."""
-        x = x.detach()
-        return Mean(x.sum(), torch.full((), float(x.numel()), dtype=x.dtype, device=x.device))
+    def mean_of(self, x: Tensor, where: Tensor | None = None) -> Mean:
+        """A metric: the mean of `x` over the whole step, or over the elements that the mask `where` keeps."""
+        kept = torch.ones_like(x, dtype=torch.bool) if where is None else where
+        return Mean(torch.where(kept, x.detach(), 0).sum(), kept.sum())

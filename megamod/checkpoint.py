@@ -1,7 +1,7 @@
 """Save and resume, in Hugging Face's coordinates: no grid is remembered, so any other can read it.
 
     <run>/checkpoints/step-00000100/
-        manifest.json           step, updates, what made it, and for each tensor its shape and pieces
+        manifest.json           step, updates, what made it, for each tensor its shape and pieces, and a CRC-32 of all that
         rank-00000.safetensors  this rank's pieces of fp32 masters and Adam's moments; each element is in one file only
     <run>/checkpoints/latest    the name of the newest whole checkpoint; written last
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, listed
 from megamod.optim import KINDS, Optimizer
 from megamod.parallel.grid import Grid
 from megamod.weights.table import boxes, overlap
@@ -37,12 +37,16 @@ TRACKER = "latest"
 def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, about: Mapping[str, Any] | None = None) -> Path:
     """Write the state after `step` steps to `<directory>/step-<step>`; every rank calls it. Returns the path.
 
+    When that is what `latest` names (a run that began again in the same directory), `-again` is added: until the new one is
+    whole, the old one stays.
+
     Args:
         directory: the run's checkpoints; shared by all ranks.
         about: JSON that `resume` hands back: what the caller needs to go on.
     """
     root = Path(directory)
-    final, draft = root / f"step-{step:08d}", root / f".step-{step:08d}.tmp"
+    usual = f"step-{step:08d}"
+    final, draft = root / (usual if _tracked(root) != usual else f"{usual}-again"), root / f".{usual}.tmp"
     if grid.rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
@@ -63,10 +67,11 @@ def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, abo
                 pieces[name]["shape"] = shape
                 pieces[name]["pieces"].append(entry)
         manifest = {"format": FORMAT, "step": step, "updates": optimizer.steps, "about": dict(about or {}), "tensors": pieces}
-        (draft / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        text = json.dumps({**manifest, "crc32": _json_crc(manifest)})
+        (draft / "manifest.json").write_text(text + "\n", encoding="utf-8")
         _sync(draft / "manifest.json")
         _sync(draft)
-        shutil.rmtree(final, ignore_errors=True)  # the same step saved before, by a run that was resumed from an earlier one
+        shutil.rmtree(final, ignore_errors=True)  # what `latest` does not name: a save that was cut short, or a run given up
         os.rename(draft, final)
         _sync(root)
         _replace(root / TRACKER, final.name)
@@ -76,14 +81,13 @@ def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, abo
 
 def latest(directory: str | Path) -> Path | None:
     """The newest whole checkpoint in a run's `checkpoints` directory, or None. Raises MegamodError for a tracker that lies."""
-    tracker = Path(directory) / TRACKER
-    if not tracker.exists():
+    root = Path(directory)
+    name = _tracked(root)
+    if name is None:
         return None
-    name = tracker.read_text(encoding="utf-8").strip()
-    path = tracker.parent / name
-    if Path(name).name != name or not (path / "manifest.json").is_file():
-        raise MegamodError(f"{tracker}: names {name!r}, where no checkpoint is; put the name of one of its neighbours there")
-    return path
+    if Path(name).name != name or not (root / name / "manifest.json").is_file():
+        raise MegamodError(f"{root / TRACKER}: names {name!r}, where no checkpoint is; put the name of one of its neighbours there")
+    return root / name
 
 
 def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
@@ -97,19 +101,16 @@ def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]
     """
     path = Path(path)
     manifest = _manifest(path)
+    _check_model(path, manifest, optimizer)
     files: dict[str, Any] = {}
     cached: tuple[tuple[str, str], Tensor] | None = None  # neighbours in a grid's order often need the same piece
     for segment in optimizer.segments:
         piece = segment.piece
-        tensor = manifest["tensors"].get(piece.hf)
-        if tensor is None or tuple(tensor["shape"]) != piece.shape:
-            found = "nothing" if tensor is None else f"shape {tuple(tensor['shape'])}"
-            raise MegamodError(f"{path}: holds {found} for {piece.hf}, this model's has shape {piece.shape}: another model's checkpoint")
         for kind in KINDS:
             target = optimizer.tensor(segment, kind)
             for start, stop, box in boxes(piece, segment.start, segment.stop):
                 view, filled = target[start - segment.start : stop - segment.start].view(box[1]), 0
-                for entry in tensor["pieces"]:
+                for entry in manifest["tensors"][piece.hf]["pieces"]:
                     common = overlap(box, (tuple(entry["offset"]), tuple(entry["size"]))) if entry["kind"] == kind else None
                     if common is None:
                         continue
@@ -143,6 +144,19 @@ def _own_pieces(optimizer: Optimizer, file: str) -> tuple[dict[str, Tensor], lis
     return tensors, entries
 
 
+def _check_model(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Every tensor of the checkpoint and of the model exactly once, in the same shape; the same error on every rank."""
+    here = {segment.piece.hf: segment.piece.shape for segment in optimizer.segments}
+    gathered: list[Any] = [None] * optimizer.grid.world
+    dist.all_gather_object(gathered, here)
+    model = {name: shape for shapes in gathered for name, shape in shapes.items()}
+    stored = {name: tuple(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
+    wrong = [name for name in sorted(model.keys() | stored.keys()) if model.get(name) != stored.get(name)]
+    if wrong:
+        faults = (f"{name} is {stored.get(name, 'absent')}, this model's {model.get(name, 'absent')}" for name in wrong)
+        raise MegamodError(f"{path}: another model's checkpoint: {listed(faults, 3)}")
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
@@ -154,14 +168,16 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise MegamodError(f"{file}: damaged ({error})") from None
     if not known:
         raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}")
+    if manifest.pop("crc32", None) != _json_crc(manifest):
+        raise MegamodError(f"{file}: damaged (it fails its checksum); resume from an earlier checkpoint")
     return manifest
 
 
 def _read(path: Path, entry: Mapping[str, Any], files: dict[str, Any]) -> Tensor:
     """A stored piece, its checksum verified."""
     name, key = entry["file"], entry["key"]
-    if Path(name).name != name or not name.endswith(".safetensors"):
-        raise MegamodError(f"{path / 'manifest.json'}: {name!r} must be a bare *.safetensors name")
+    if name not in files and not _is_inside(path, name):
+        raise MegamodError(f"{path / 'manifest.json'}: {name!r} must be a bare *.safetensors name inside the directory")
     try:
         if name not in files:
             files[name] = safe_open(path / name, framework="pt", device="cpu")
@@ -171,6 +187,28 @@ def _read(path: Path, entry: Mapping[str, Any], files: dict[str, Any]) -> Tensor
     if _crc(data) != entry["crc32"]:
         raise MegamodError(f"{path / name}: {key} fails its checksum; resume from an earlier checkpoint")
     return data
+
+
+def _is_inside(directory: Path, name: Any) -> bool:
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        return False
+    try:
+        return (directory / name).resolve().parent == directory.resolve()
+    except ValueError:  # characters that no file name can have
+        return False
+
+
+def _tracked(root: Path) -> str | None:
+    """What the tracker says, if there is one."""
+    try:
+        return (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _json_crc(manifest: Mapping[str, Any]) -> int:
+    """Over the JSON that is written for it, which is the same after it was read."""
+    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def _crc(data: Tensor) -> int:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 import runpy
 import sys
 import types
@@ -44,12 +45,14 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Which model, in which precision, and who computes its parts."""
+
     path: str  # a Hugging Face directory: config.json and *.safetensors
     shape: str | None = None  # a config.json to use where `path` is not there yet (planning, dry runs); None: path's own
     init: Literal["load", "random"] = "load"  # random: N(0, 0.02), the same on every grid
     dtype: Dtype = "bfloat16"
     recompute: Recompute = "none"
-    recompute_modules: tuple[str, ...] | None = None  # selective: any of core_attn, mlp, layernorm; None: core_attn
+    recompute_modules: tuple[str, ...] | None = None  # selective: core_attn, mlp or both; None: core_attn
     attention: Attention = "auto"
     linear: Linear = "megatron"
 
@@ -66,6 +69,8 @@ class SyntheticData:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and how it is cut into rows and batches."""
+
     train: str | SyntheticData  # a JSONL file of tokenised documents (data/documents.py), or made-up ones
     row_length: int = 4096  # tokens in a packed row
     rows_per_step: int = 8  # rows in a global batch
@@ -91,13 +96,17 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """What a run leaves behind to go on from, and to use."""
+
     every: int | None = None  # steps between saves; None: only at the end
     resume: Literal["auto", "no"] = "auto"  # auto: from the newest checkpoint in the run's directory, if there is one
-    export: bool = False  # write a Hugging Face directory at the end: <run>/hf
+    export: bool = False  # write a Hugging Face directory at the end: <run>/hf/step-<steps>
 
 
 @dataclass(frozen=True)
 class LogConfig:
+    """What a person reads while the run goes on."""
+
     every: int = 1  # steps between lines
     tensorboard: bool = True
     peak_tflops: float | None = None  # the GPU's dense peak in `model.dtype`, for MFU; None: known GPUs only
@@ -105,6 +114,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """A whole run: all that decides its numbers."""
+
     dir: str  # everything the run writes
     steps: int
     model: ModelConfig
@@ -147,18 +158,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _run_file(path: Path) -> dict[str, Any]:
     """Run a config file as a script in its own folder is run: it may import its neighbours, to derive a run from another's."""
-    sys.path.insert(0, str(path.resolve().parent))
+    folder, before = str(path.resolve().parent), set(sys.modules)
+    sys.path.insert(0, folder)
     try:
-        return runpy.run_path(str(path))
+        return runpy.run_path(str(path), run_name=str(path))  # the name under which `save` writes functions of the file
     except (SyntaxError, ImportError) as error:
         raise MegamodError(f"{path}: {type(error).__name__}: {error}") from None
+    except TypeError as error:
+        raise MegamodError(f"{path}: {_keyword_hint(error)}") from None
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:  # a neighbour is read again next time, and its name is free for another folder's
+            if str(Path(getattr(sys.modules[name], "__file__", None) or "").parent) == folder:
+                del sys.modules[name]
 
 
 def check(cfg: RunConfig) -> None:
     """Refuse what no part of the run would read, and values that mean nothing. Raises MegamodError."""
     _check_types(cfg, "")
+    _check_loss(cfg.loss)
     p, o, m = cfg.parallel, cfg.optim, cfg.model
     unused = [
         (o.min_lr is not None and o.schedule == "constant", "optim.min_lr", "optim.schedule is 'constant'"),
@@ -170,6 +188,7 @@ def check(cfg: RunConfig) -> None:
         ),
         (p.sp and p.tp == 1, "parallel.sp", "parallel.tp is 1"),
         (p.vpp > 1 and p.pp == 1, "parallel.vpp", "parallel.pp is 1"),
+        (p.layers_per_stage is not None and p.pp == 1, "parallel.layers_per_stage", "parallel.pp is 1"),
         (bool(o.no_decay) and o.weight_decay == 0, "optim.no_decay", "optim.weight_decay is 0"),
     ]  # fmt: skip
     for is_unused, key, why in unused:
@@ -177,19 +196,54 @@ def check(cfg: RunConfig) -> None:
             raise MegamodError(f"{key} would not be read: {why}")
     if o.schedule == "wsd" and o.decay_steps is None:
         raise MegamodError("optim.schedule 'wsd' needs optim.decay_steps")
+    if m.recompute_modules == ():
+        raise MegamodError("model.recompute_modules is empty: name some, or set model.recompute to 'none'")
     for module in m.recompute_modules or ():
-        if module not in (choices := ("core_attn", "mlp", "layernorm")):
+        if module not in (choices := ("core_attn", "mlp")):
             raise MegamodError(f"model.recompute_modules: {module!r}, {nearest(module, choices)}")
     least: list[tuple[str, float | None, float]] = [
         ("steps", cfg.steps, 1), ("seed", cfg.seed, 0), ("log.every", cfg.log.every, 1), ("checkpoint.every", cfg.checkpoint.every, 1),
         ("data.row_length", cfg.data.row_length, 1), ("data.rows_per_step", cfg.data.rows_per_step, 1),
         ("data.rows_per_micro_batch", cfg.data.rows_per_micro_batch, 1), ("optim.lr", o.lr, 0), ("optim.warmup_steps", o.warmup_steps, 0),
-        ("optim.weight_decay", o.weight_decay, 0), ("parallel.timeout_minutes", p.timeout_minutes, 1),
+        ("optim.weight_decay", o.weight_decay, 0), ("optim.min_lr", o.min_lr, 0), ("optim.decay_steps", o.decay_steps, 1),
+        ("optim.eps", o.eps, 0), ("parallel.timeout_minutes", p.timeout_minutes, 1),
         *((f"parallel.{n}", getattr(p, n), 1) for n in ("tp", "pp", "vpp", "cp")),
     ]  # fmt: skip
     for key, value, bound in least:
         if value is not None and not value >= bound:
             raise MegamodError(f"{key} = {value}: must be at least {bound}")
+    for key, value in (("optim.clip_grad", o.clip_grad), ("log.peak_tflops", cfg.log.peak_tflops)):
+        if value is not None and value <= 0:
+            raise MegamodError(f"{key} = {value}: must be above 0")
+    if not all(0 <= beta < 1 for beta in o.betas):
+        raise MegamodError(f"optim.betas = {o.betas}: each must be at least 0 and below 1")
+    for pattern in o.no_decay:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise MegamodError(f"optim.no_decay: {pattern!r} is no regular expression: {error}") from None
+
+
+def _check_loss(function: Callable[..., Any]) -> None:
+    """A loss is called with a head and a batch; the keywords that `partial` binds must be its own, of the types it declares."""
+    bound: dict[str, Any] = {}
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        bound = {**inner.keywords, **bound}
+        inner = inner.func
+    try:
+        own = inspect.signature(inner)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in own.parameters.values())
+        for name in bound:
+            if name not in own.parameters and not takes_any:
+                raise MegamodError(f"loss: {_name(inner)} takes no keyword {name!r}, {nearest(name, _keywords(inner))}")
+        inspect.signature(function).bind(None, None)
+    except (TypeError, ValueError) as error:
+        raise MegamodError(f"loss: {_name(inner)} cannot be called with a head and a batch: {error}") from None
+    hints = _annotations(function)
+    for name, value in bound.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise MegamodError(f"loss.{name} = {value!r}: {_expected(hints[name])} was expected")
 
 
 def save(cfg: RunConfig, path: str | Path) -> None:
@@ -202,27 +256,35 @@ def as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, functools.partial):
-        return {"call": as_json(value.func), **{k: as_json(v) for k, v in value.keywords.items()}}
+        arguments = {"arguments": as_json(value.args)} if value.args else {}
+        return {"call": as_json(value.func), **arguments, **{k: as_json(v) for k, v in value.keywords.items()}}
     if callable(value):
-        return f"{value.__module__}:{value.__qualname__}"
+        return f"{value.__module__}:{_name(value)}"
     if isinstance(value, tuple | list):
         return [as_json(item) for item in value]
-    return value
+    return value if isinstance(value, str | int | float | None) else repr(value)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """A function's name; for an object that can be called, its class's."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _keyword_hint(error: TypeError) -> str:
     """`RunConfig.__init__() got an unexpected keyword argument 'lrr'` with the nearest field added."""
     text = str(error)
-    owner, _, word = text.partition(".__init__() got an unexpected keyword argument ")
-    cls = globals().get(owner)
-    if word and cls is not None and dataclasses.is_dataclass(cls):
-        return f"{owner} has no field {word}, {nearest(ast.literal_eval(word), [f.name for f in dataclasses.fields(cls)])}"
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)  # newer Pythons add a hint of their own
+    cls = globals().get(match[1]) if match else None
+    if match and cls is not None and dataclasses.is_dataclass(cls):
+        return f"{match[1]} has no field {match[2]!r}, {nearest(match[2], [f.name for f in dataclasses.fields(cls)])}"
     return text
 
 
 def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
     head, *rest = path
     if isinstance(node, functools.partial) or (callable(node) and not dataclasses.is_dataclass(node)):
+        if rest:
+            raise MegamodError(f"override {key}={text}: {rest[0]!r} is below a plain value")
         return _rebind(node, head, text, key)
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise MegamodError(f"override {key}={text}: {head!r} is below a plain value")
@@ -236,16 +298,33 @@ def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
 
 def _rebind(function: Callable[..., Any], name: str, text: str, key: str) -> Callable[..., Any]:
     """`loss.verdict_weight=6`: bind a keyword of the configured function."""
-    keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    keywords = _keywords(function)
     if name not in keywords:
         raise MegamodError(f"override {key}={text}: the function takes no keyword {name!r}, {nearest(name, keywords)}")
-    return functools.partial(function, **{name: _literal(text)})
+    hints = _annotations(function)
+    return functools.partial(function, **{name: _parse(text, hints[name], key) if name in hints else _literal(text)})
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    """What can be bound by name: keyword-only arguments, and others that have a default."""
+    arguments = inspect.signature(function).parameters.values()
+    return [p.name for p in arguments if p.kind is p.KEYWORD_ONLY or (p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty)]
+
+
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types that a function's arguments declare; none where they cannot be known here."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    try:
+        return typing.get_type_hints(function if inspect.isroutine(function) else type(function).__call__)
+    except (NameError, TypeError, AttributeError):
+        return {}
 
 
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
@@ -262,7 +341,7 @@ def _coerce(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if isinstance(value, int) and not isinstance(value, bool) and int not in options and float in options:
+    if isinstance(value, int) and int not in options and float in options and _fits(value, float):
         return float(value)
     return value
 
@@ -278,19 +357,24 @@ def _fits(value: Any, hint: Any) -> bool:
         if not isinstance(value, tuple) or (inner is None and len(value) != len(args)):
             return False
         return all(_fits(v, inner or args[i]) for i, v in enumerate(value))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float:  # the comparison is false for NaN, and takes integers too large for a float
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if getattr(hint, "_is_protocol", False):  # the loss: any function
         return callable(value)
-    return isinstance(value, hint)
+    kind = origin or hint
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    return str(getattr(hint, "__name__", hint)).replace("typing.", "")
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(map(_expected, typing.get_args(hint)))
+    if typing.get_origin(hint) is not None:
+        return str(hint)
+    return {float: "finite float", types.NoneType: "None"}.get(hint, str(getattr(hint, "__name__", hint)))
 
 
 def _check_types(node: Any, prefix: str) -> None:

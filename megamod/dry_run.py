@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megamod import optim
 from megamod.config import RunConfig, SyntheticData
 from megamod.data.documents import synthetic
 from megamod.data.loader import Loader
+from megamod.errors import MegamodError
 from megamod.model.build import build, data_parallel
 from megamod.model.shape import Shape
 from megamod.optim import Optimizer
@@ -44,10 +46,13 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
         MegamodError: the grid does not fit the model or the batch, or a backend cannot do what is asked.
     """
     begin = time.perf_counter()
+    if not 0 <= rank < world:
+        raise MegamodError(f"there is no rank {rank} in a world of {world}: ranks go from 0 to {world - 1}")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         grid = grids.start(cfg.parallel, shape, cfg.seed, device=torch.device("meta"))
         count = grids.check_rows(cfg, shape, world)
+        optim.check(cfg.optim, shape)
         chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
         items = placed(chunks, shape, grid.tp.size, grid.tp.rank)
         wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)

@@ -7,10 +7,15 @@ from collections.abc import Iterable
 class MegamodError(Exception):
     """A fault that the user can mend. `train.main` and the tools print its one line and exit with status 1."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # what a user gave may hold line breaks
+
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint for a mistyped `word`: `, did you mean 'x'?` when a choice is close, else the list of choices."""
     names = sorted(choices)
+    if not names:
+        return "there are none"
     close = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
 

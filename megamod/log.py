@@ -39,7 +39,7 @@ class Log:
         if active:
             directory.mkdir(parents=True, exist_ok=True)
             self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first) if cfg.tensorboard else None
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1) if cfg.tensorboard else None
 
     def say(self, text: str) -> None:
         """A line about the run."""
@@ -66,7 +66,9 @@ class Log:
         self._tokens, self._flops, self._since = 0, 0.0, 0
         eta = (now - self._began) / max(1, number - self._first) * (self.steps - number)
         print(f"step {number}/{self.steps} · {_line(record)} · ETA {timedelta(seconds=round(eta))}", flush=True)
-        self._metrics.write(json.dumps({"step": number, **record}) + "\n")
+        # JSON has no NaN and no infinity: such a number is null there; the line above and TensorBoard say which it is.
+        finite = {name: x if math.isfinite(x) else None for name, x in record.items()}
+        self._metrics.write(json.dumps({"step": number, **finite}, allow_nan=False) + "\n")
         self._metrics.flush()
         if self._board is not None:
             for name, value in record.items():

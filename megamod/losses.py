@@ -46,4 +46,4 @@ def moderation(head: Head, batch: Batch, *, verdict_weight: float = 4.0) -> Loss
     nll = -head.logprobs(batch.labels)  # [N]
     weight = torch.where(batch.verdict, verdict_weight, 1.0) * batch.weight
     value = batch.mean(weight * nll, over="weights")
-    return Loss(value, {"nll": batch.mean_of(nll), "nll/verdict": batch.mean_of(nll[batch.verdict])})
+    return Loss(value, {"nll": batch.mean_of(nll), "nll/verdict": batch.mean_of(nll, where=batch.verdict)})

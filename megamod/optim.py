@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from megamod.config import OptimConfig
 from megamod.errors import MegamodError
+from megamod.model.shape import Shape
 from megamod.parallel.grid import Grid
-from megamod.weights.table import Piece, Placed
+from megamod.weights.table import Piece, Placed, hf_shapes
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -71,11 +72,7 @@ def segments(chunks: Sequence[DistributedDataParallel], items: Sequence[Placed],
 
 
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over `segments`.
-
-    Raises:
-        MegamodError: a pattern of `no_decay` that matches no tensor of the model.
-    """
+    """AdamW (Loshchilov & Hutter 2019) over `segments`. The configuration was checked with `check`."""
 
     def __init__(self, cfg: OptimConfig, chunks: Sequence[DistributedDataParallel], items: Sequence[Placed], grid: Grid) -> None:
         self.cfg, self.chunks, self.grid = cfg, chunks, grid
@@ -85,7 +82,6 @@ class Optimizer:
         for segment in self.segments:
             (decay if self._decays(segment.piece) else plain).append(segment.master)
             segment.master.grad = segment.grad
-        _check_patterns(cfg.no_decay, items, grid)
         groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         fused = grid.device.type == "cuda"
         # A rank may hold no share at all of a small model; torch's optimizers refuse an empty list, an empty tensor they take.
@@ -154,14 +150,16 @@ class Optimizer:
         self.publish()
 
 
-def _check_patterns(patterns: Sequence[str], items: Sequence[Placed], grid: Grid) -> None:
-    names = [piece.hf for item in items for piece in item.pieces]
-    here = torch.tensor([any(re.search(p, n) for n in names) for p in patterns], dtype=torch.int32, device=grid.device)
-    if len(patterns):
-        dist.all_reduce(here, dist.ReduceOp.MAX)
-        for pattern, found in zip(patterns, here.tolist(), strict=True):
-            if not found:
-                raise MegamodError(f"optim.no_decay: {pattern!r} matches no tensor; names look like {names[0]}")
+def check(cfg: OptimConfig, shape: Shape) -> None:
+    """Refuse a pattern of `no_decay` that no tensor of the model matches. Raises MegamodError."""
+    names = list(hf_shapes(shape))
+    for pattern in cfg.no_decay:
+        try:
+            found = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise MegamodError(f"optim.no_decay: {pattern!r} is no regular expression ({error})") from None
+        if not found:
+            raise MegamodError(f"optim.no_decay: {pattern!r} matches no tensor; names look like {names[1]}")
 
 
 def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megamod import checkpoint, config
+from megamod import checkpoint, config, optim
 from megamod.config import RunConfig
 from megamod.data.loader import Loader, load_documents
 from megamod.errors import MegamodError
@@ -35,6 +35,7 @@ def train(cfg: RunConfig) -> Path:
         torch.use_deterministic_algorithms(True)
     grid = grids.start(cfg.parallel, shape, cfg.seed)
     grids.check_rows(cfg, shape, grid.world)
+    optim.check(cfg.optim, shape)
     directory, checkpoints = Path(cfg.dir), Path(cfg.dir) / "checkpoints"
 
     d = cfg.data
@@ -79,8 +80,9 @@ def train(cfg: RunConfig) -> Path:
             path = checkpoint.save(checkpoints, step + 1, optimizer, grid, {"data": data})
             log.say(f"saved {path}")
 
-    if cfg.checkpoint.export:
-        log.say(f"exported {export(chunks, shape, grid, directory / 'hf', source=cfg.model.path)}")
+    target = directory / "hf" / f"step-{cfg.steps:08d}"
+    if cfg.checkpoint.export and not target.exists():  # there already: this run ended before, and was only asked again
+        log.say(f"exported {export(chunks, shape, grid, target, source=cfg.model.path)}")
     log.close()
     return directory
 

@@ -6,6 +6,7 @@ traceback.
 """
 
 import atexit
+import gc
 import os
 import queue
 import socket
@@ -84,3 +85,6 @@ def _serve(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
             results.put((rank, True, fn(*args)))
         except Exception as error:
             results.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        # Modules refer to themselves and to their groups, and each group keeps a thread that polls: without this a pool rank has
+        # a thousand of them after a few grids, and the machine does nothing else.
+        gc.collect()

@@ -231,8 +231,8 @@ def refusals(root: Path) -> list[tuple[str, str | None]]:
         attempt("under a file", target="file/target")
         attempt("another model", source="other")
         attempt("no source", source="nowhere")
-        attempt("link", source="linked")
-        attempt("disk full on one rank", save=full)
+        attempt("link", target="never", source="linked")
+        attempt("disk full on one rank", target="never", save=full)
         attempt("and then it works")
     return result
 
@@ -261,7 +261,7 @@ def test_export_refuses_on_every_rank_alike(tmp_path: Path) -> None:
         "another model": "other: config.json describes another model than the one to export: its layers, rope differ",
         "no source": "nowhere: cannot be read",
         "link": "LICENSE: a link that leaves the directory is not followed",
-        "disk full on one rank": "target: rank 5 cannot write it: [Errno 28] No space left on device",
+        "disk full on one rank": "never: rank 5 cannot write it: [Errno 28] No space left on device",
     }.items():
         assert words in str(said[case]), case
     assert (tmp_path / "taken" / "keep").read_text() == "me"
@@ -314,7 +314,10 @@ def test_mistralrs_answers_from_the_export(tmp_path: Path) -> None:
     for family, extra in (("qwen3", qwen3), ("llama", {"head_dim": 16})):
         config: dict[str, Any] = {**tiny.BASE, **sizes, **extra, "model_type": family, "rope_parameters": rope, "eos_token_id": 2}
         generator = torch.Generator().manual_seed(3)
-        state = {k: torch.randn(s, generator=generator) * (0.3 if len(s) > 1 else 0.1) + (len(s) == 1) for k, s in hf_shapes(shape_of(config)).items()}
+        state = {
+            name: torch.randn(size, generator=generator) * (0.3 if len(size) > 1 else 0.1) + (len(size) == 1)
+            for name, size in hf_shapes(shape_of(config)).items()
+        }
         source, target = write(tmp_path / family, config, state), tmp_path / f"{family}-export"
         write_tokenizer(source, sizes["vocab_size"])
         distributed.run(8, export_files, source, target, None, 10**5, {"tp": 2, "pp": 2})
@@ -424,7 +427,8 @@ def test_overlap_agrees_with_masks(data: st.DataObject) -> None:
     dimensions = data.draw(st.integers(1, 3))
 
     def box() -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(data.draw(st.integers(0, 5)) for _ in range(dimensions)), tuple(data.draw(st.integers(1, 4)) for _ in range(dimensions))
+        offset = tuple(data.draw(st.integers(0, 5)) for _ in range(dimensions))
+        return offset, tuple(data.draw(st.integers(1, 4)) for _ in range(dimensions))
 
     def slices(box: Any) -> tuple[slice, ...]:
         return tuple(slice(o, o + n) for o, n in zip(*box, strict=True))
@@ -488,7 +492,10 @@ def test_keys_that_do_not_match_are_all_listed(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "model.bin", "..", "", "a\0.safetensors", "\ud800.safetensors", 7])
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "model.bin", "..", "", "a\0.safetensors", "\ud800.safetensors", 7],
+)
 def test_a_shard_has_a_bare_safetensors_name(sharded: Path, name: str) -> None:
     save_file({EMBEDDING: torch.zeros(61, 32)}, sharded.parent / "x.safetensors")
     edit_index(sharded, lambda where: where.update({EMBEDDING: name}))
@@ -533,7 +540,9 @@ def test_a_key_in_no_shard_or_in_two(sharded: Path) -> None:
     assert complaint(lambda: Safetensors(sharded)) == f"{sharded / INDEX}: {EMBEDDING} is said to be in {FIRST}, and {SECOND} holds it"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": ["b"]}}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": ["b"]}}', b"\xff\xfe"]
+)
 def test_an_index_that_is_none(sharded: Path, content: str | bytes) -> None:
     (sharded / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert complaint(lambda: Safetensors(sharded)).startswith(f"{sharded / INDEX}: a JSON object with `weight_map` was expected (")
@@ -582,6 +591,17 @@ def test_a_tied_head_must_be_the_embedding(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method': 'gptq'} is not supported: only None"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported: only 'silu'"),
         ({"vocab_size": "61"}, "vocab_size = '61': a positive integer was expected"),
+        ({"vocab_size": True}, "vocab_size = True: a positive integer was expected"),
+        ({"num_key_value_heads": "4"}, "num_key_value_heads = '4': a positive integer was expected"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads = -2: a positive integer was expected"),
+        ({"head_dim": 7}, "head_dim = 7: an even number was expected"),
+        ({"rms_norm_eps": "a"}, "rms_norm_eps = 'a': a positive number was expected"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false': true or false was expected"),
+        ({"rope_theta": "x"}, "rope_theta = 'x': a positive number was expected"),
+        ({"rope_scaling": [1]}, "rope_parameters = [1]: an object was expected"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor = '2': a positive number was expected"),
+        ({"model_type": ["qwen2"]}, "is not supported"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
         ({"num_key_value_heads": 3}, "num_attention_heads = 8 is no multiple of num_key_value_heads = 3"),
     ],
 )
@@ -648,18 +668,19 @@ def test_transformers_reads_both_spellings(tmp_path: Path, name: str) -> None:
         assert found.tie_word_embeddings == tiny.shape(name).tied
 
 
-LONG = {"max_position_embeddings": 131072, "head_dim": 128, "model_type": "qwen3"}
+LLAMA_31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+PRETRAINED = {"original_max_position_embeddings": 4096}
 ROPES: dict[str, dict[str, Any]] = {name: tiny.config(name) for name in tiny.CONFIGS} | {
-    name: {**tiny.BASE, **LONG, "rope_parameters": rope}
-    for name, rope in {
-        "llama-3.1": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5},
-        "qwen2.5-yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6},
-        "yarn-mscale": {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 24, "beta_slow": 2},
-        "yarn-attention": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "rope_theta": 1.5e5, "attention_factor": 1.3, "truncate": False},
-        "linear": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
-        "default": {"rope_type": "default", "rope_theta": 1e7},
-    }.items()
-}  # fmt: skip
+    name: {**tiny.config("qwen3"), "max_position_embeddings": 131072, "head_dim": 128, "rope_parameters": {"rope_type": kind, **rope}}
+    for name, kind, rope in (
+        ("llama-3.1", "llama3", {**LLAMA_31, "rope_theta": 5e5}),
+        ("qwen2.5-yarn", "yarn", {"factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}),
+        ("mscale", "yarn", {**PRETRAINED, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 24, "beta_slow": 2}),
+        ("attention-factor", "yarn", {**PRETRAINED, "factor": 8.0, "attention_factor": 1.3, "truncate": False, "rope_theta": 1.5e5}),
+        ("linear", "linear", {"factor": 3.0, "rope_theta": 1e4}),
+        ("default", "default", {"rope_theta": 1e7}),
+    )
+}
 
 
 @pytest.mark.parametrize("name", ROPES)

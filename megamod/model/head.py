@@ -42,7 +42,7 @@ class Head:
     def __init__(
         self, hidden: Tensor, weight: Tensor, vocab: int, rows: Tensor, tp: dist.ProcessGroup | None = None, sp: bool = False
     ) -> None:
-        self.weight, self.tp = weight, tp
+        self.weight, self.vocab, self.tp = weight, vocab, tp
         self._all, self._rows, self._sp = hidden, rows, sp
         shard = weight.shape[0]
         self.first = shard * (tp.rank() if tp is not None else 0)
@@ -56,18 +56,18 @@ class Head:
     @cached_property
     def hidden(self) -> Tensor:
         """`[N, C]`: the labelled rows, the same on every tensor-parallel rank; their gradients are summed over them."""
-        x = self._all.reshape(-1, self._all.shape[-1])
-        if self.tp is None or self.tp.size() == 1:
-            return x[self._rows]
-        if self._sp:  # backward: reduce-scatter
-            return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp)[self._rows]
-        return copy_to_tensor_model_parallel_region(x[self._rows], group=self.tp)
+        with torch.enable_grad():  # it is kept: who asks first, and without a gradient, must not take it from the others
+            x = self._all.reshape(-1, self._all.shape[-1])
+            if self.tp is None or self.tp.size() == 1:
+                return x[self._rows]
+            if self._sp:  # backward: reduce-scatter
+                return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp)[self._rows]
+            return copy_to_tensor_model_parallel_region(x[self._rows], group=self.tp)
 
     def statistics(self, ids: Tensor) -> Statistics:
         """Log-probability of `ids` `[N]`, log-sum-exp and entropy, all from one pass; differentiable. At least fp32."""
-        rows = max(1, CHUNK_BYTES // (_at_least_fp32(self.hidden.dtype).itemsize * max(1, self.columns)))
         group = self.tp if self.tp is not None and self.tp.size() > 1 else None
-        return Statistics(*_Vocabulary.apply(self.hidden, self.weight, ids, self.first, self.columns, rows, group))
+        return Statistics(*_Vocabulary.apply(self.hidden, self.weight, ids, self.first, self.columns, self._chunk, group))
 
     def logprobs(self, ids: Tensor) -> Tensor:
         """`[N]` log p(ids[i]) at the labelled positions."""
@@ -83,16 +83,16 @@ class Head:
 
     @torch.no_grad()
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest log-probabilities and their token ids, `[N, k]` each, without a gradient."""
-        lse = self.logsumexp()
-        z = (self.hidden @ self.weight[: self.columns].t()).to(lse.dtype)
-        values, ids = z.topk(min(k, self.columns), dim=-1)
-        ids = ids + self.first
+        """The k largest log-probabilities (all V when k is larger) and their token ids, `[N, k]` each, without a gradient."""
+        lse, k = self.logsumexp(), min(k, self.vocab)
+        here, w = min(k, self.columns), self.weight[: self.columns]  # a rank with fewer columns than k offers -∞
+        values = torch.full((len(lse), k), float("-inf"), dtype=lse.dtype, device=lse.device)
+        ids = torch.zeros(values.shape, dtype=torch.long, device=lse.device)
+        for part in _chunks(len(lse) if here else 0, self._chunk):
+            values[part, :here], ids[part, :here] = (self.hidden[part] @ w.t()).to(lse.dtype).topk(here, dim=-1)
+        ids += self.first
         if self.tp is not None and self.tp.size() > 1:
-            short = k - values.shape[1]  # a rank with fewer columns than k offers -∞
-            values = torch.nn.functional.pad(values, (0, short), value=float("-inf"))
-            ids = torch.nn.functional.pad(ids, (0, short))
-            values, ids = (gather_from_tensor_model_parallel_region(x.contiguous(), group=self.tp) for x in (values, ids))
+            values, ids = (gather_from_tensor_model_parallel_region(x, group=self.tp) for x in (values, ids))
             values, order = values.topk(k, dim=-1)
             ids = ids.gather(-1, order)
         return values - lse[:, None], ids
@@ -102,10 +102,12 @@ class Head:
         z = (self.hidden @ self.weight.t()).to(_at_least_fp32(self.hidden.dtype))
         if self.tp is not None and self.tp.size() > 1:
             z = gather_from_tensor_model_parallel_region(z, group=self.tp)
-            columns = torch.tensor([self.columns], device=z.device)
-            dist.all_reduce(columns, group=self.tp)
-            return z[:, : int(columns)]
-        return z[:, : self.columns]
+        return z[:, : self.vocab]
+
+    @property
+    def _chunk(self) -> int:
+        """Rows whose logits are computed at a time."""
+        return max(1, CHUNK_BYTES // (_at_least_fp32(self.hidden.dtype).itemsize * max(1, self.columns)))
 
     def _any_id(self) -> Tensor:
         return torch.zeros(len(self._rows), dtype=torch.long, device=self._rows.device)

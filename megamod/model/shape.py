@@ -91,6 +91,7 @@ class Family:
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     qk_norm: bool = False
+    head_dim: int | None = None  # where config.json does not say; None: hidden_size / num_attention_heads
     window: str | None = None  # the key whose truth turns `sliding_window` on; "" when the key itself does
 
 
@@ -99,7 +100,12 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", window=""),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, window="use_sliding_window"),  # Qwen2, Qwen2.5
     "qwen3": Family(
-        "Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, window="use_sliding_window"
+        "Qwen3ForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        head_dim=128,
+        window="use_sliding_window",
     ),  # Qwen3, Qwen3Guard-Gen
     "internlm3": Family("InternLM3ForCausalLM", qkv_bias="qkv_bias", o_bias="bias"),
 }
@@ -162,68 +168,98 @@ class ConfigJsonError(MegamodError):
 
 def shape_of(config: Json) -> Shape:
     """The Shape that Hugging Face's `config` describes, from either spelling (`rope_theta` or `rope_parameters`)."""
-    kind = config.get("model_type", "")
+    kind = str(config.get("model_type", ""))
     if kind not in FAMILIES:
-        raise ConfigJsonError(f"model_type {kind!r} is not supported, {nearest(str(kind), FAMILIES)}")
+        raise ConfigJsonError(f"model_type {kind!r} is not supported, {nearest(kind, FAMILIES)}")
     family = FAMILIES[kind]
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ConfigJsonError(f"{key} = {config[key]!r} is not supported: only {value!r}")
 
-    def need(key: str) -> int:
-        value = config.get(key)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigJsonError(f"{key} = {value!r}: a positive integer was expected")
-        return value
-
     def flag(rule: bool | str) -> bool:
-        return bool(config.get(rule, False)) if isinstance(rule, str) else rule
+        return _get(config, rule, bool, False) if isinstance(rule, str) else rule
 
-    heads = need("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
+    heads: int = _get(config, "num_attention_heads", int)
+    hidden: int = _get(config, "hidden_size", int)
+    kv_heads: int = _get(config, "num_key_value_heads", int, heads)
+    head_dim: int = _get(config, "head_dim", int, family.head_dim or hidden // heads)
+    if heads % kv_heads:
+        raise ConfigJsonError(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
+    if head_dim % 2:
+        raise ConfigJsonError(f"head_dim = {head_dim}: an even number was expected, for RoPE")
     windowed = family.window is not None and (family.window == "" or flag(family.window))
-    shape = Shape(
+    return Shape(
         family=kind,
-        layers=need("num_hidden_layers"),
-        hidden=need("hidden_size"),
+        layers=_get(config, "num_hidden_layers", int),
+        hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=config.get("head_dim") or need("hidden_size") // heads,
-        ffn=need("intermediate_size"),
-        vocab=need("vocab_size"),
+        head_dim=head_dim,
+        ffn=_get(config, "intermediate_size", int),
+        vocab=_get(config, "vocab_size", int),
         rope=_rope_of(config),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        max_position=config.get("max_position_embeddings", 2048),
+        norm_eps=_get(config, "rms_norm_eps", float, 1e-6),
+        max_position=_get(config, "max_position_embeddings", int),
         qkv_bias=flag(family.qkv_bias),
         o_bias=flag(family.o_bias),
         qk_norm=family.qk_norm,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        sliding_window=config.get("sliding_window") if windowed else None,
+        tied=flag("tie_word_embeddings"),
+        sliding_window=_get(config, "sliding_window", int, None) if windowed else None,
     )
-    if heads % kv_heads:
-        raise ConfigJsonError(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
-    return shape
+
+
+_NEEDED: Any = object()
+
+
+def _get(config: Json, key: str, kind: type, default: Any = _NEEDED) -> Any:
+    """`config[key]` of the given kind, numbers positive; absent or null: `default`. Raises ConfigJsonError."""
+    value = config.get(key)
+    if value is None:
+        if default is _NEEDED:
+            raise ConfigJsonError(f"{key} is missing")
+        return default
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    fits = {bool: isinstance(value, bool), int: number and isinstance(value, int), float: number}[kind]
+    if not fits:
+        what = {bool: "true or false", int: "a positive integer", float: "a positive number"}[kind]
+        raise ConfigJsonError(f"{key} = {value!r}: {what} was expected")
+    return value
+
+
+def _rope_entries(config: Json) -> tuple[str, float, dict[str, Any]]:
+    """Kind, theta and the kind's own keys, from either spelling.
+
+    transformers 5 writes `rope_parameters`; 4 wrote `rope_theta` beside `rope_scaling`, whose `type` became `rope_type`. Where
+    both are there, as in what megamod exports, `rope_parameters` is the whole.
+    """
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigJsonError(f"rope_parameters = {given!r}: an object was expected")
+    entries = {key: value for key, value in given.items() if value is not None}
+    kind = str(entries.pop("rope_type", None) or entries.get("type") or "default")
+    entries.pop("type", None)
+    theta = _get(entries, "rope_theta", float, _get(config, "rope_theta", float, 10000.0))
+    entries.pop("rope_theta", None)
+    return kind, float(theta), entries
 
 
 def _rope_of(config: Json) -> Rope:
-    """transformers 5 writes `rope_parameters`; 4 wrote `rope_theta` beside `rope_scaling`, whose `type` became `rope_type`."""
-    given: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = given.pop("rope_type", None) or given.get("type") or "default"
-    given.pop("type", None)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    kind, theta, entries = _rope_entries(config)
+    if entries.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigJsonError("rope_parameters: partial_rotary_factor other than 1 is not supported")
     if kind not in _ROPE_KEYS:
-        raise ConfigJsonError(f"rope_type {kind!r} is not supported, {nearest(str(kind), _ROPE_KEYS)}")
-    unknown = set(given) - _ROPE_KEYS[kind]
+        raise ConfigJsonError(f"rope_type {kind!r} is not supported, {nearest(kind, _ROPE_KEYS)}")
+    unknown = set(entries) - _ROPE_KEYS[kind]
     if unknown:
-        raise ConfigJsonError(f"rope_parameters: {sorted(unknown)[0]!r} means nothing for rope_type {kind!r}")
-    if kind != "default" and not given.get("factor"):
-        raise ConfigJsonError(f"rope_parameters: rope_type {kind!r} needs `factor`")
+        raise ConfigJsonError(f"rope_parameters: {min(unknown)!r} means nothing for rope_type {kind!r}")
     if kind in ("llama3", "yarn"):
-        given.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    given["original_max_position"] = given.pop("original_max_position_embeddings", None)
-    return Rope(theta=float(theta), kind=kind, **{k: v for k, v in given.items() if v is not None})
+        entries.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    if kind != "default" and "factor" not in entries:
+        raise ConfigJsonError(f"rope_parameters: rope_type {kind!r} needs `factor`")
+    kinds = {"original_max_position_embeddings": int, "truncate": bool}
+    values = {key: _get(entries, key, kinds.get(key, float)) for key in entries}
+    values["original_max_position"] = values.pop("original_max_position_embeddings", None)
+    return Rope(theta=theta, kind=kind, **values)
 
 
 def both_spellings(config: Json, dtype: str) -> dict[str, Any]:
@@ -231,17 +267,14 @@ def both_spellings(config: Json, dtype: str) -> dict[str, Any]:
 
     Top-level `rope_theta` and `rope_scaling` beside `rope_parameters`; `torch_dtype` beside `dtype`.
     """
-    rope = _rope_of(config)
-    extra = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    for key in ("type", "rope_type", "rope_theta"):
-        extra.pop(key, None)
-    scaling = {"rope_type": rope.kind, "type": rope.kind, **extra} if rope.kind != "default" else None
+    kind, theta, entries = _rope_entries(config)
+    scaling = {"rope_type": kind, "type": kind, **entries} if kind != "default" else None
     return {
         **config,
         "architectures": [FAMILIES[config["model_type"]].architecture],
-        "rope_theta": rope.theta,
+        "rope_theta": theta,
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_type": rope.kind, "rope_theta": rope.theta, **extra},
+        "rope_parameters": {"rope_type": kind, "rope_theta": theta, **entries},
         "dtype": dtype,
         "torch_dtype": dtype,
     }

@@ -5,6 +5,7 @@ neighbours, on the fastest links. Everything else receives the Grid and reads si
 """
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -88,20 +89,20 @@ def check(cfg: "ParallelConfig", shape: Shape, world: int) -> tuple[int, ...]:
         kv = shape.kv_heads % n == 0 or n % shape.kv_heads == 0
         return kv and shape.heads % n == 0 and shape.ffn % n == 0
 
+    def fits_cp(tp: int, n: int) -> bool:
+        return kv_repeats(shape.heads // tp, max(1, shape.kv_heads // tp), n) is not None
+
     if not fits_tp(cfg.tp):
+        near = _around(cfg.tp, lambda n: fits_tp(n) and fits_cp(n, cfg.cp), shape.heads)
         raise MegamodError(
             f"parallel.tp = {cfg.tp} cannot cut {shape.heads} heads, {shape.kv_heads} kv heads and ffn {shape.ffn}: "
-            f"use {_around(cfg.tp, fits_tp, shape.heads)}"
+            f"use {near or _around(cfg.tp, fits_tp, shape.heads)}"
         )
-    local, local_kv = shape.heads // cfg.tp, max(1, shape.kv_heads // cfg.tp)
-
-    def fits_cp(n: int) -> bool:
-        return kv_repeats(local, local_kv, n) is not None
-
-    if not fits_cp(cfg.cp):
+    if not fits_cp(cfg.tp, cfg.cp):
+        local, local_kv = shape.heads // cfg.tp, max(1, shape.kv_heads // cfg.tp)
         raise MegamodError(
             f"parallel.cp = {cfg.cp} cannot share the {local} heads and {local_kv} kv heads that tp {cfg.tp} leaves a rank: "
-            f"use {_around(cfg.cp, fits_cp, local)}"
+            f"use {_around(cfg.cp, lambda n: fits_cp(cfg.tp, n), local)}"
         )
     stages = cfg.pp * cfg.vpp
     if cfg.layers_per_stage is None:
@@ -138,7 +139,7 @@ def kv_repeats(heads: int, kv_heads: int, cp: int) -> int | None:
 def _around(value: int, fits: object, top: int) -> str:
     """The nearest number that fits below and above `value`: '4 or 8'."""
     assert callable(fits)
-    below = next((n for n in range(min(value, top) - 1, 0, -1) if fits(n)), None)
+    below = next((n for n in range(min(value - 1, top), 0, -1) if fits(n)), None)
     above = next((n for n in range(value + 1, top + 1) if fits(n)), None)
     return " or ".join(str(n) for n in (below, above) if n is not None)
 
@@ -147,18 +148,18 @@ def check_rows(cfg: "RunConfig", shape: Shape, world: int) -> int:
     """Refuse batches that the grid cannot share, and rows that the model cannot attend to. Returns micro-batches per step."""
     p, d = cfg.parallel, cfg.data
     parts = p.cp * (p.tp if p.sp else 1)
-    tokens = d.row_length * d.rows_per_micro_batch
-    if tokens % parts:
-        what = f"cp {p.cp}" + (f" × tp {p.tp} (sp)" if p.sp else "")
-        below = d.row_length // parts * parts
-        near = f"{below} or {below + parts}" if below else f"{parts}"
-        raise MegamodError(f"data.row_length = {d.row_length} cannot be shared by {what}: use {near}")
+    unit = parts // math.gcd(parts, d.rows_per_micro_batch)  # a micro-batch's tokens are shared, so one row's need not divide
     bound = shape.longest_document
     if bound is not None and d.row_length > bound:
         raise MegamodError(
             f"data.row_length = {d.row_length}: this model's attention is plain causal attention only up to {bound} tokens, "
-            f"its window: use at most {bound}"
+            f"its window: use at most {bound // unit * unit or bound}"
         )
+    if d.row_length % unit:
+        what = f"cp {p.cp}" + (f" × tp {p.tp} (sp)" if p.sp else "")
+        below = d.row_length // unit * unit
+        near = " or ".join(str(n) for n in (below, below + unit) if n and (bound is None or n <= bound))
+        raise MegamodError(f"data.row_length = {d.row_length} cannot be shared by {what}: use {near or 'a smaller grid'}")
     dp = world // (p.tp * p.pp * p.cp)
     group = dp * d.rows_per_micro_batch * (p.pp if p.vpp > 1 else 1)
     if d.rows_per_step % group:

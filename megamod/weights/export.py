@@ -18,8 +18,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from megamod.errors import MegamodError, listed
+from megamod.files import sync
 from megamod.model.shape import Shape, both_spellings, read_config, read_shape
 from megamod.parallel.grid import Grid
 from megamod.weights.load import INDEX
@@ -139,7 +141,7 @@ def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch
             raise MegamodError(f"{file}: a link that leaves the directory is not followed; put the file itself there")
         if file.is_file():
             shutil.copyfile(file, draft / file.name)
-            _sync(draft / file.name)
+            sync(draft / file.name)
 
 
 def _write_shards(
@@ -150,7 +152,7 @@ def _write_shards(
     last = {names[-1]: file for file, names in files.items()}
     shard: dict[str, Tensor] = {}
     fault: Exception | None = None
-    for name, held in stage.items():
+    for name, held in tqdm(stage.items(), desc="exporting", unit="tensor", delay=3, mininterval=3, disable=grid.rank != 0):
         tensor = _gather(held, writers[name], grid, dtype)
         if tensor is None or fault is not None:
             continue  # after a fault too the exchange goes on, or the others would wait for this rank
@@ -190,7 +192,7 @@ def _gather(held: Sequence[tuple[int, nn.Parameter, Piece]], writer: int, grid: 
 def _save(tensors: Mapping[str, Tensor], file: Path, draft: Path) -> None:
     save_file(dict(tensors), file, metadata={"format": "pt"})
     file.chmod((draft / "config.json").stat().st_mode)  # safetensors leaves 0600; config.json has what the umask gives
-    _sync(file)
+    sync(file)
 
 
 def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: Path, target: Path, dtype: torch.dtype) -> None:
@@ -198,9 +200,9 @@ def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: P
     where = {name: file for own in files for file, names in own.items() for name in names}
     total = sum(math.prod(size) for size in hf_shapes(shape).values()) * dtype.itemsize
     _write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-    _sync(draft)
+    sync(draft)
     os.rename(draft, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _together(acts: bool, step: Callable[[], None], where: Path) -> None:
@@ -226,13 +228,4 @@ def _together(acts: bool, step: Callable[[], None], where: Path) -> None:
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(file)

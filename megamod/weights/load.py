@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from megamod.errors import MegamodError, listed
 from megamod.model.shape import Shape
@@ -149,7 +150,7 @@ def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, 
     items = placed(chunks, shape, grid.tp.size, grid.tp.rank)
     compare_head = shape.tied and "lm_head.weight" in source.shapes()
     with torch.no_grad():
-        for item in items:
+        for item in tqdm(items, desc="loading", unit="parameter", delay=3, mininterval=3, disable=grid.rank != 0):
             zero_padding(item)
             for piece in item.pieces:
                 tensor = source.read(piece.hf, piece.offset, piece.size)

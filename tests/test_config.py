@@ -1,0 +1,534 @@
+"""A run as a value: made by a file, overridden, checked, saved; every mistake is one line that names the way out."""
+
+import dataclasses
+import functools
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megamod import config, losses
+from megamod.config import RunConfig, load
+from megamod.errors import MegamodError
+
+ROOT = Path(__file__).parents[1]
+IMPORTS = """\
+from dataclasses import replace
+from functools import partial
+
+from megamod import losses
+from megamod.config import CheckpointConfig, DataConfig, LogConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, SyntheticData
+"""
+PLAIN = 'RunConfig(dir="runs/x", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train="a.jsonl"){})'
+MADE_UP = 'RunConfig(dir="runs/x", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train=SyntheticData()))'
+# No field has its default; what one option rules out is in PLAIN.
+FULL = """RunConfig(
+    dir="runs/y",
+    steps=9,
+    model=ModelConfig(
+        path="/m", shape="/s", init="random", dtype="float64", recompute="selective", recompute_modules=("mlp", "core_attn"),
+        attention="reference", linear="transformer_engine",
+    ),
+    data=DataConfig(train=SyntheticData(5, 50, 0.25, 0.5), row_length=128, rows_per_step=16, rows_per_micro_batch=2),
+    loss=partial(losses.moderation, verdict_weight=2.5),
+    parallel=ParallelConfig(tp=2, pp=2, vpp=2, cp=2, sp=True, layers_per_stage=(1, 2, 3, 4), timeout_minutes=3),
+    optim=OptimConfig(
+        lr=3e-7, schedule="wsd", min_lr=1e-8, warmup_steps=2, decay_steps=4, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.2,
+        no_decay=("embed", "lm_head"), clip_grad=None, overlap_grad_reduce=True,
+    ),
+    checkpoint=CheckpointConfig(every=3, resume="no", export=True),
+    log=LogConfig(every=2, tensorboard=False, peak_tflops=100.5),
+    seed=5,
+    deterministic=True,
+)"""
+
+
+def write(folder: Path, expression: str, name: str = "run.py", before: str = "") -> Path:
+    """A config file whose config() returns `expression`."""
+    path = folder / name
+    path.write_text(f"{IMPORTS}\n{before}\n\ndef config():\n    return {expression}\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("plain"), PLAIN.format(""))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("full"), FULL)
+
+
+def complaint(call: Callable[[], Any]) -> str:
+    with pytest.raises(MegamodError) as caught:
+        call()
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    return text
+
+
+def value_at(cfg: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Key → value of all that is no dataclass, the loss aside."""
+    result: dict[str, Any] = {}
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            result |= leaves(value, f"{prefix}{f.name}.")
+        elif f.name != "loss":
+            result[prefix + f.name] = value
+    return result
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps=12", 12),
+        ("parallel.tp=8", 8),
+        ("optim.lr=3e-6", 3e-6),
+        ("optim.lr=1", 1.0),
+        ("optim.clip_grad=0.5", 0.5),
+        ("optim.clip_grad=none", None),
+        ("optim.clip_grad=None", None),
+        ("checkpoint.every=none", None),
+        ("checkpoint.every=4", 4),
+        ("deterministic=true", True),
+        ("deterministic=False", False),
+        ("log.tensorboard=false", False),
+        ("dir=runs/other", "runs/other"),
+        ("dir='quoted name'", "quoted name"),
+        ("dir=123", "123"),
+        ("dir=None", "None"),
+        ("dir=a=b", "a=b"),
+        ("dir=", ""),
+        ("dir=(unclosed", "(unclosed"),
+        ("model.shape=/elsewhere", "/elsewhere"),
+        ("model.shape=none", None),
+        ("optim.schedule=linear", "linear"),
+        ("optim.schedule='constant'", "constant"),
+        ("checkpoint.resume=no", "no"),
+        ("optim.betas=(0.5,0.6)", (0.5, 0.6)),
+        ("optim.betas=0.5,0.6", (0.5, 0.6)),
+        ("optim.betas=[0.5, 0]", (0.5, 0)),
+        ("optim.no_decay=['norm','embed']", ("norm", "embed")),
+        ("optim.no_decay=()", ()),
+        ("data.train=b.jsonl", "b.jsonl"),
+        ("data.row_length=64", 64),
+    ],
+)
+def test_override(plain: Path, override: str, expected: Any) -> None:
+    key, _, _ = override.partition("=")
+    before, after = leaves(load(plain)), leaves(load(plain, [override]))
+    assert after[key] == expected
+    assert type(after[key]) is type(expected)
+    assert {k: v for k, v in after.items() if k != key} == {k: v for k, v in before.items() if k != key}
+
+
+def test_nested_and_repeated_overrides(tmp_path: Path) -> None:
+    file = write(tmp_path, MADE_UP)
+    cfg = load(
+        file, ["data.train.documents=9", "data.train.sigma=1", "steps=1", "steps=2", "parallel.pp=2", "parallel.layers_per_stage=3,4"]
+    )
+    assert cfg.data.train == config.SyntheticData(documents=9, sigma=1.0)
+    assert cfg.steps == 2
+    assert cfg.parallel.layers_per_stage == (3, 4)
+    assert load(file, ["data.train=a.jsonl"]).data.train == "a.jsonl"
+
+
+@pytest.mark.parametrize("loss", ["partial(losses.moderation, verdict_weight=4.0)", "losses.moderation"])
+def test_override_of_the_loss_s_keyword(tmp_path: Path, loss: str) -> None:
+    file = write(tmp_path, PLAIN.format(f", loss={loss}"))
+    made = load(file, ["loss.verdict_weight=6"]).loss
+    assert isinstance(made, functools.partial)
+    assert made.func is losses.moderation
+    assert made.keywords == {"verdict_weight": 6.0}
+    assert type(made.keywords["verdict_weight"]) is float
+    again = load(file, ["loss.verdict_weight=6", "loss.verdict_weight=7.5"]).loss
+    assert isinstance(again, functools.partial)
+    assert again.keywords == {"verdict_weight": 7.5}
+
+
+def test_override_of_keywords_without_annotation_and_with_a_position(tmp_path: Path) -> None:
+    before = "def mine(head, batch, scale=1.0, *, kind='a'): return scale, kind"
+    loss: Any = load(write(tmp_path, PLAIN.format(", loss=mine"), before=before), ["loss.scale=3", "loss.kind=b"]).loss
+    assert loss(None, None) == (3, "b")
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong"),
+    [
+        ("optim.lrr=1", "override optim.lrr=1: OptimConfig has no field 'lrr', did you mean 'lr'?"),
+        ("optm.lr=1", "override optm.lr=1: RunConfig has no field 'optm', did you mean 'optim'?"),
+        ("parallel.qqq=1", "ParallelConfig has no field 'qqq', choose from: cp, layers_per_stage, pp, sp, timeout_minutes, tp, vpp"),
+        ("=1", "RunConfig has no field '', choose from: "),
+        ("steps", "override 'steps': write it as owner.key=value"),
+        ("--steps", "override '--steps': write it as owner.key=value"),
+        ("steps.more=1", "override steps.more=1: 'more' is below a plain value"),
+        ("optim.lr.x.y=1", "'x' is below a plain value"),
+        ("data.train.documents=3", "'documents' is below a plain value"),
+        ("model.shape.x=3", "'x' is below a plain value"),
+        ("loss.verdict_weight=6", "the function takes no keyword 'verdict_weight', there are none"),
+        ("loss.head=6", "the function takes no keyword 'head', there are none"),
+        ("steps=1.5", "override steps=1.5: int was expected"),
+        ("steps=ten", "int was expected"),
+        ("steps=", "int was expected"),
+        ("steps=true", "int was expected"),
+        ("steps=none", "int was expected"),
+        ("steps=[1", "int was expected"),
+        ("steps=" + "(" * 9999, "int was expected"),
+        ("steps={[]: 1}", "int was expected"),
+        ("optim.lr=fast", "override optim.lr=fast: finite float was expected"),
+        ("optim.lr=true", "finite float was expected"),
+        ("optim.lr=nan", "finite float was expected"),
+        ("optim.lr=1e999", "finite float was expected"),
+        ("optim.lr=1" + "0" * 400, "finite float was expected"),
+        ("optim.clip_grad=much", "finite float or None was expected"),
+        ("parallel.sp=1", "override parallel.sp=1: bool was expected"),
+        ("parallel.sp=yes", "bool was expected"),
+        ("optim.schedule=cosin", "one of 'constant', 'linear', 'cosine', 'wsd' was expected"),
+        ("optim.schedule=3", "one of 'constant'"),
+        ("checkpoint.every=often", "int or None was expected"),
+        ("optim.betas=0.9", "tuple[float, float] was expected"),
+        ("optim.betas=(0.9,)", "tuple[float, float] was expected"),
+        ("optim.betas=(0.9,'x')", "tuple[float, float] was expected"),
+        ("optim.betas=(0.9,0.9,0.9)", "tuple[float, float] was expected"),
+        ("optim.no_decay=norm", "tuple[str, ...] was expected"),
+        ("optim.no_decay=(1,)", "tuple[str, ...] was expected"),
+        ("parallel.layers_per_stage=(1,2.5)", "tuple[int, ...] or None was expected"),
+        ("optim=fast", "OptimConfig was expected"),
+        ("loss=moderation", "LossFunction was expected"),
+        ("optim.lr=a\nb", "finite float was expected"),
+    ],
+)  # fmt: skip
+def test_wrong_override(plain: Path, override: str, wrong: str) -> None:
+    assert wrong in complaint(lambda: load(plain, [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong"),
+    [
+        (
+            "loss.verdict_wieght=6",
+            "override loss.verdict_wieght=6: the function takes no keyword 'verdict_wieght', did you mean 'verdict_",
+        ),
+        ("loss.verdict_weight.x=6", "'x' is below a plain value"),
+        ("loss.verdict_weight=six", "override loss.verdict_weight=six: finite float was expected"),
+        ("loss.verdict_weight=nan", "finite float was expected"),
+    ],
+)
+def test_wrong_override_of_the_loss_s_keyword(tmp_path: Path, override: str, wrong: str) -> None:
+    for number, loss in enumerate(("partial(losses.moderation, verdict_weight=4.0)", "losses.moderation")):
+        file = write(tmp_path, PLAIN.format(f", loss={loss}"), f"run{number}.py")
+        assert wrong in complaint(lambda file=file: load(file, [override]))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL, MADE_UP])
+def test_every_field_takes_its_own_value_unchanged(tmp_path: Path, expression: str) -> None:
+    file = write(tmp_path, expression)
+    cfg = load(file)
+    keys = leaves(cfg)
+    for key, value in keys.items():
+        again = load(file, [f"{key}={value!r}"])
+        assert dataclasses.replace(again, loss=cfg.loss) == cfg, key
+        if isinstance(value, str):  # without quotes too
+            assert value_at(load(file, [f"{key}={value}"]), key) == value
+    assert leaves(load(file, [f"{key}={value!r}" for key, value in keys.items()])) == keys
+
+
+def test_no_field_is_left_out(full: Path) -> None:
+    """FULL gives every field of every dataclass a value that is not its default, so the tests on it see all of them."""
+    seen = set()
+    for owner in config_nodes(load(full)):
+        seen.add(type(owner))
+        for f in dataclasses.fields(owner):
+            if f.default is not dataclasses.MISSING:
+                assert getattr(owner, f.name) != f.default, f"{type(owner).__name__}.{f.name}"
+    assert seen == {c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)}
+
+
+def config_nodes(node: Any) -> list[Any]:
+    below = [getattr(node, f.name) for f in dataclasses.fields(node)]
+    return [node, *(n for child in below if dataclasses.is_dataclass(child) for n in config_nodes(child))]
+
+
+NUMBERS = st.floats(0, allow_infinity=False)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "dir": st.text(),
+    "model.shape": st.none() | st.text(),
+    "steps": st.integers(1),
+    "seed": st.integers(0),
+    "deterministic": st.booleans(),
+    "data.train": st.text(),
+    "optim.lr": NUMBERS,
+    "optim.min_lr": st.none() | NUMBERS,
+    "optim.schedule": st.sampled_from(typing.get_args(config.Schedule)[1:3]),
+    "optim.betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
+    "optim.no_decay": st.lists(st.sampled_from(["a", "'", '"', "\\.", "a,b", "=", "é"])).map(tuple),
+    "parallel.layers_per_stage": st.none() | st.lists(st.integers(), min_size=1).map(tuple),
+}
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(FIELDS)).flatmap(lambda key: st.tuples(st.just(key), FIELDS[key])))
+def test_any_value_comes_through_an_override(full: Path, drawn: tuple[str, Any]) -> None:
+    key, value = drawn
+    fixed = ["optim.schedule=cosine", "optim.decay_steps=none"]  # schedules other than FULL's
+    cfg = load(full, [*fixed, f"{key}={value!r}"])
+    assert value_at(cfg, key) == value
+    before = leaves(load(full, fixed))
+    assert leaves(cfg).items() - {(key, value)} == {(k, v) for k, v in before.items() if not f"{k}.".startswith(f"{key}.")}
+
+
+# --- the file --------------------------------------------------------------------------------------------------------------
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    assert complaint(lambda: load(tmp_path / "absent.py")) == f"{tmp_path / 'absent.py'}: no such config file"
+    assert complaint(lambda: load(tmp_path)) == f"{tmp_path}: no such config file"
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("x = 1\n", "defines no function config() -> RunConfig"),
+        ("config = 3\n", "defines no function config() -> RunConfig"),
+        ("def config():\n    return {'steps': 3}\n", "config() returned dict, not RunConfig"),
+        ("def config():\n    pass\n", "config() returned NoneType, not RunConfig"),
+        ("def config(steps):\n    pass\n", "config(): config() missing 1 required positional argument: 'steps'"),
+        ("def config(:\n", "SyntaxError: invalid syntax (run.py, line 1)"),
+        ("a = '\n", "SyntaxError: unterminated string literal"),
+        ("import no_such_neighbour\n", "ModuleNotFoundError: No module named 'no_such_neighbour'"),
+        ("from megamod import lossses\n", "ImportError: cannot import name 'lossses' from 'megamod'"),
+        (IMPORTS + "BASE = OptimConfig(lrr=1)\n", "OptimConfig has no field 'lrr', did you mean 'lr'?"),
+    ],
+)
+def test_wrong_file(tmp_path: Path, text: str, wrong: str) -> None:
+    file = tmp_path / "run.py"
+    file.write_text(text)
+    path_before = list(sys.path)
+    text = complaint(lambda: load(file))
+    assert text.startswith(f"{file}: ")
+    assert wrong in text
+    assert sys.path == path_before
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        (", optim=OptimConfig(lrr=1)", "OptimConfig has no field 'lrr', did you mean 'lr'?"),
+        (", stepps=3", "RunConfig has no field 'stepps', did you mean 'steps'?"),
+        (", optim=replace(OptimConfig(), warmup=3)", "OptimConfig has no field 'warmup', did you mean 'warmup_steps'?"),
+        (", parallel=ParallelConfig(tensor=3)", "ParallelConfig has no field 'tensor', choose from: cp, "),
+    ],
+)
+def test_misspelt_field_in_the_file(tmp_path: Path, more: str, wrong: str) -> None:
+    assert f"config(): {wrong}" in complaint(lambda: load(write(tmp_path, PLAIN.format(more))))
+
+
+def test_misspelt_field_where_python_adds_a_hint_of_its_own(tmp_path: Path) -> None:
+    """Python 3.13 does."""
+    message = "OptimConfig.__init__() got an unexpected keyword argument 'lrr'. Did you mean 'lr'?"
+    file = write(tmp_path, f"wrong({message!r})", before="def wrong(text): raise TypeError(text)")
+    assert complaint(lambda: load(file)) == f"{file}: config(): OptimConfig has no field 'lrr', did you mean 'lr'?"
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        (", seed='3'", "seed = '3': int was expected"),
+        (", seed=3.0", "seed = 3.0: int was expected"),
+        (", seed=True", "seed = True: int was expected"),
+        (", deterministic=1", "deterministic = 1: bool was expected"),
+        (", optim=OptimConfig(lr='1e-5')", "optim.lr = '1e-5': finite float was expected"),
+        (", optim=OptimConfig(lr=float('nan'))", "optim.lr = nan: finite float was expected"),
+        (", optim=OptimConfig(eps=float('nan'))", "optim.eps = nan: finite float was expected"),
+        (", optim=OptimConfig(clip_grad=float('inf'))", "optim.clip_grad = inf: finite float or None was expected"),
+        (", optim=OptimConfig(betas=(0.9, float('nan')))", "optim.betas = (0.9, nan): tuple[float, float] was expected"),
+        (", optim=OptimConfig(betas=[0.9, 0.95])", "optim.betas = [0.9, 0.95]: tuple[float, float] was expected"),
+        (", optim=OptimConfig(schedule='wave')", "optim.schedule = 'wave': one of 'constant', "),
+        (", optim=None", "optim = None: OptimConfig was expected"),
+        (", parallel=ParallelConfig(layers_per_stage=(1, '2'))", "parallel.layers_per_stage = (1, '2'): tuple[int, ...] or None was"),
+        (", loss='moderation'", "loss = 'moderation': LossFunction was expected"),
+    ],
+)
+def test_wrong_type_in_the_file(tmp_path: Path, more: str, wrong: str) -> None:
+    assert complaint(lambda: load(write(tmp_path, PLAIN.format(more)))).startswith(wrong)
+
+
+def test_neighbour(tmp_path: Path) -> None:
+    """A file imports another of its own folder, as the folder is now, and leaves nothing behind."""
+    derived = "replace(base_run.config(), seed=base_run.config().seed + 1)"
+    before = (list(sys.path), set(sys.modules))
+    for name, seed in (("one", 10), ("two", 200)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder, PLAIN.format(f", seed={seed}"), "base_run.py")
+        assert load(write(folder, derived, before="import base_run")).seed == seed + 1
+    write(tmp_path / "two", PLAIN.format(", seed=3000"), "base_run.py")
+    assert load(tmp_path / "two" / "run.py").seed == 3001
+    assert (list(sys.path), set(sys.modules)) == before
+
+
+def test_the_repository_s_own_configs() -> None:
+    base, derived = (load(ROOT / "configs" / f"{name}.py") for name in ("moderation_7b", "moderation_72b"))
+    assert derived.loss.keywords == base.loss.keywords  # type: ignore[attr-defined] # handed on
+    assert (derived.optim.warmup_steps, derived.steps) == (base.optim.warmup_steps, base.steps)
+    assert (derived.parallel.tp, base.parallel.tp) == (8, 4)
+    for file in (ROOT / "configs").glob("*.py"):
+        assert isinstance(load(file), RunConfig)
+
+
+# --- the check -------------------------------------------------------------------------------------------------------------
+
+UNUSED = [
+    (["optim.schedule=constant", "optim.min_lr=1e-7"], "optim.min_lr would not be read: optim.schedule is 'constant'"),
+    (["optim.decay_steps=3"], "optim.decay_steps would not be read: optim.schedule is 'cosine', not 'wsd'"),
+    (["model.recompute_modules=('mlp',)"], "model.recompute_modules would not be read: model.recompute is 'none', not 'selective'"),
+    (["model.recompute=full", "model.recompute_modules=('mlp',)"], "model.recompute_modules would not be read: model.recompute is 'full'"),
+    (["parallel.sp=true"], "parallel.sp would not be read: parallel.tp is 1"),
+    (["parallel.vpp=2"], "parallel.vpp would not be read: parallel.pp is 1"),
+    (["parallel.layers_per_stage=(4,)"], "parallel.layers_per_stage would not be read: parallel.pp is 1"),
+    (["optim.weight_decay=0", "optim.no_decay=('norm',)"], "optim.no_decay would not be read: optim.weight_decay is 0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "wrong"), UNUSED)
+def test_an_option_that_nothing_would_read(plain: Path, overrides: list[str], wrong: str) -> None:
+    assert complaint(lambda: load(plain, overrides)).startswith(wrong)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.schedule=wsd", "optim.decay_steps=3", "optim.min_lr=1e-7"],
+        ["model.recompute=selective", "model.recompute_modules=('mlp',)"],
+        ["parallel.sp=true", "parallel.tp=2"],
+        ["parallel.vpp=2", "parallel.pp=2", "parallel.layers_per_stage=(1,1,1,1)"],
+        ["optim.no_decay=('norm',)"],
+        ["optim.lr=0", "optim.weight_decay=0", "optim.betas=(0,0)", "seed=0", "optim.eps=0"],
+    ],
+)
+def test_the_same_options_where_they_are_read(plain: Path, overrides: list[str]) -> None:
+    load(plain, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong"),
+    [
+        *(([f"{key}={bound - 1}"], f"{key} = {bound - 1}: must be at least {bound}") for key, bound in {
+            "steps": 1, "seed": 0, "log.every": 1, "checkpoint.every": 1, "data.row_length": 1, "data.rows_per_step": 1,
+            "data.rows_per_micro_batch": 1, "optim.warmup_steps": 0, "parallel.timeout_minutes": 1, "parallel.tp": 1,
+            "parallel.pp": 1, "parallel.vpp": 1, "parallel.cp": 1,
+        }.items()),
+        (["optim.lr=-1e-9"], "optim.lr = -1e-09: must be at least 0"),
+        (["optim.min_lr=-1e-9"], "optim.min_lr = -1e-09: must be at least 0"),
+        (["optim.weight_decay=-0.1"], "optim.weight_decay = -0.1: must be at least 0"),
+        (["optim.eps=-1e-9"], "optim.eps = -1e-09: must be at least 0"),
+        (["optim.clip_grad=0"], "optim.clip_grad = 0.0: must be above 0"),
+        (["optim.clip_grad=-1"], "optim.clip_grad = -1.0: must be above 0"),
+        (["log.peak_tflops=0"], "log.peak_tflops = 0.0: must be above 0"),
+        (["optim.betas=(0.9,1)"], "optim.betas = (0.9, 1): each must be at least 0 and below 1"),
+        (["optim.betas=(-0.1,0.9)"], "optim.betas = (-0.1, 0.9): each must be at least 0 and below 1"),
+        (["optim.no_decay=('(',)"], "optim.no_decay: '(' is no regular expression: "),
+        (["optim.schedule=wsd"], "optim.schedule 'wsd' needs optim.decay_steps"),
+        (["optim.schedule=wsd", "optim.decay_steps=0"], "optim.decay_steps = 0: must be at least 1"),
+        (["model.recompute=selective", "model.recompute_modules=()"], "model.recompute_modules is empty"),
+        (["model.recompute=selective", "model.recompute_modules=('mlpp',)"], "model.recompute_modules: 'mlpp', did you mean 'mlp'?"),
+    ],
+)  # fmt: skip
+def test_values_that_mean_nothing(plain: Path, overrides: list[str], wrong: str) -> None:
+    assert complaint(lambda: load(plain, overrides)).startswith(wrong)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------------
+
+OWN_LOSS = """
+from megamod.losses import Loss
+
+def gentle(head, batch, *, scale: float = 1.0):
+    nll = -head.logprobs(batch.labels)
+    return Loss(batch.mean(scale * nll, over="tokens"), {"nll": batch.mean_of(nll)})
+"""
+
+
+def test_a_loss_of_the_config_file_itself(tmp_path: Path) -> None:
+    file = write(tmp_path, PLAIN.format(", loss=gentle"), "mine.py", before=OWN_LOSS)
+    cfg = load(file, ["loss.scale=2"])
+    logp = torch.tensor([-1.0, -2.0, -3.0])
+    head: Any = SimpleNamespace(logprobs=lambda labels: logp)
+    batch: Any = SimpleNamespace(labels=None, mean=lambda x, over: x.sum() / 3, mean_of=lambda x: x)
+    assert cfg.loss(head, batch).value == 4.0
+    assert config.as_json(load(file).loss) == f"{file}:gentle"
+    assert config.as_json(cfg.loss) == {"call": f"{file}:gentle", "scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("loss", "wrong"),
+    [
+        (
+            "partial(losses.moderation, verdict_wieght=6.0)",
+            "loss: moderation takes no keyword 'verdict_wieght', did you mean 'verdict_",
+        ),
+        ("partial(losses.cross_entropy, x=6.0)", "loss: cross_entropy takes no keyword 'x', there are none"),
+        ("partial(losses.moderation, verdict_weight='6')", "loss.verdict_weight = '6': finite float was expected"),
+        ("partial(losses.moderation, verdict_weight=float('nan'))", "loss.verdict_weight = nan: finite float was expected"),
+        ("partial(losses.moderation, 4.0)", "loss: moderation cannot be called with a head and a batch: "),
+        ("lambda head: 0", "cannot be called with a head and a batch: too many positional arguments"),
+        ("lambda head, batch, more: 0", "cannot be called with a head and a batch: missing a required argument: 'more'"),
+    ],
+)
+def test_a_loss_that_could_not_be_called(tmp_path: Path, loss: str, wrong: str) -> None:
+    assert wrong in complaint(lambda: load(write(tmp_path, PLAIN.format(f", loss={loss}"))))
+
+
+@pytest.mark.parametrize(
+    ("loss", "saved"),
+    [
+        ("losses.cross_entropy", "megamod.losses:cross_entropy"),
+        ("partial(losses.moderation, verdict_weight=6.0)", {"call": "megamod.losses:moderation", "verdict_weight": 6.0}),
+        ("partial(partial(losses.moderation), verdict_weight=6.0)", {"call": "megamod.losses:moderation", "verdict_weight": 6.0}),
+        (
+            "partial(mixed, 0.5, table=(1, 2), f=print)",
+            {"call": "FILE:mixed", "arguments": [0.5], "table": [1, 2], "f": "builtins:print"},
+        ),
+        ("Called()", "FILE:Called"),
+        ("lambda head, batch, **more: 0", "FILE:config.<locals>.<lambda>"),
+    ],
+)
+def test_how_a_loss_is_saved(tmp_path: Path, loss: str, saved: Any) -> None:
+    before = "def mixed(share, head, batch, **more): ...\nclass Called:\n    def __call__(self, head, batch): ..."
+    file = write(tmp_path, PLAIN.format(f", loss={loss}"), before=before)
+    expected = json.loads(json.dumps(saved).replace("FILE", str(file)))
+    assert config.as_json(load(file).loss) == expected
+
+
+# --- saved -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL])
+def test_save_writes_every_value(tmp_path: Path, expression: str) -> None:
+    cfg = load(write(tmp_path, expression))
+    config.save(cfg, tmp_path / "run.json")
+    saved = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    for owner, object_ in [(cfg, saved)] + [(getattr(cfg, f.name), saved[f.name]) for f in dataclasses.fields(cfg)]:
+        if dataclasses.is_dataclass(owner):
+            assert list(object_) == [f.name for f in dataclasses.fields(owner)]  # type: ignore[arg-type]
+    for key, value in leaves(cfg).items():
+        found = functools.reduce(dict.__getitem__, key.split("."), saved)
+        assert found == (list(value) if isinstance(value, tuple) else value), key
+    assert saved["loss"] == config.as_json(cfg.loss)

@@ -1,0 +1,182 @@
+"""Every configuration's grid, rehearsed rank by rank on meta tensors: what a rank holds is what the table of weights says."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from megamod.config import RunConfig, load
+from megamod.model.build import DTYPES
+from megamod.model.shape import Shape
+from megamod.parallel.grid import check, check_rows
+from megamod.train import model_shape
+from megamod.weights.table import Row, pieces, share, table
+
+ROOT = Path(__file__).parents[1]
+TOOL = str(ROOT / "tools" / "dry_run.py")
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+class Rehearsal(NamedTuple):
+    world: int
+    ranks: tuple[int, ...]  # the first, the last and some between
+    overrides: tuple[str, ...] = ()
+
+
+REHEARSALS = {
+    # A tied embedding on two stages, few kv heads on many ranks, uneven stages, weights that do not decay.
+    "tiny": Rehearsal(
+        32, (0, 9, 31), ("parallel.tp=8", "parallel.pp=2", "parallel.layers_per_stage=3,1", "optim.no_decay=('embed_tokens',)")
+    ),
+    "moderation_7b": Rehearsal(8, (0, 5, 7)),
+    "moderation_72b": Rehearsal(128, (3, 64, 127)),
+    "gpu_check": Rehearsal(1, (0,)),
+}
+
+
+class Line(NamedTuple):
+    """What the tool prints of a rank."""
+
+    rank: int
+    place: dict[str, int]
+    layers: str
+    parameters: int
+    gibibytes: tuple[float, ...]  # of weights, gradients, optimizer
+    micro_batches: int
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+
+
+def rehearse(name: str) -> list[Line]:
+    world, ranks, overrides = REHEARSALS[name]
+    done = python(TOOL, str(ROOT / "configs" / f"{name}.py"), *overrides, "--world", str(world), "--ranks", ",".join(map(str, ranks)))
+    assert (done.returncode, done.stderr) == (0, "")
+    header, *rows = done.stdout.splitlines()
+    assert header.split() == ["rank", "place", "layers", "parameters", "weights", "gradients", "optimizer", "micro-batches", "seconds"]
+    lines = []
+    for row in rows:
+        rank, *words = row.replace("·", "").split()
+        place, (layers, parameters, *sizes, count, _seconds) = words[:8], words[8:]
+        coordinates = dict(zip(place[::2], map(int, place[1::2]), strict=True))
+        lines.append(
+            Line(int(rank), coordinates, layers, int(parameters.replace(",", "")), tuple(float(s[:-1]) for s in sizes), int(count))
+        )
+    return lines
+
+
+@cache
+def config_of(name: str) -> tuple[RunConfig, Shape, tuple[int, ...]]:
+    cfg = load(ROOT / "configs" / f"{name}.py", REHEARSALS[name].overrides)
+    shape = model_shape(cfg)
+    return cfg, shape, check(cfg.parallel, shape, REHEARSALS[name].world)
+
+
+def rows_of(name: str, pp: int) -> list[tuple[Row, int]]:
+    """The table's rows that pipeline rank `pp` holds, each with its layer's number."""
+    cfg, shape, split = config_of(name)
+    stages = [number for number in range(len(split)) if number % cfg.parallel.pp == pp]
+    layers = [i for number in stages for i in range(sum(split[:number]), sum(split[: number + 1]))]
+    first, last = 0 in stages, len(split) - 1 in stages
+    held = []
+    for row in table(shape):
+        if "{}" in row.ours:
+            held += [(row, i) for i in layers]
+        elif row.ours.startswith("embedding."):
+            held += [(row, 0)] * (first or (shape.tied and last))  # tied: the last stage has a copy, which counts as the head
+        else:
+            held += [(row, 0)] * last
+    return held
+
+
+def held(row: Row, tp: int, rank: int) -> int:
+    """Elements of a parameter on a tensor-parallel rank, with copies and padding."""
+    sizes = []
+    for part in row.parts:
+        size = list(part.shape)
+        if part.cut is not None:
+            size[part.cut] = share(part, tp, rank)[2]
+        sizes.append(prod(size))
+    return sum(sizes)
+
+
+def test_every_config_has_a_rehearsal() -> None:
+    assert sorted(REHEARSALS) == CONFIGS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dry_run(name: str) -> None:
+    cfg, shape, split = config_of(name)
+    p, (world, ranks, _) = cfg.parallel, REHEARSALS[name]
+    dp = world // (p.tp * p.pp * p.cp)
+    lines = rehearse(name)
+    assert [line.rank for line in lines] == list(ranks)
+    for line in lines:
+        pp, rest = divmod(line.rank, dp * p.cp * p.tp)
+        assert line.place == {"pp": pp, "dp": rest // (p.cp * p.tp), "cp": rest // p.tp % p.cp, "tp": rest % p.tp}
+        assert line.layers == "+".join(str(split[chunk * p.pp + pp]) for chunk in range(p.vpp))
+        assert line.parameters == sum(held(row, p.tp, line.place["tp"]) for row, _ in rows_of(name, pp))
+        # Gradients in fp32 at least; masters where weights are rounded, and two moments, of this rank's share of dp × cp. Buckets
+        # are padded, so a little more.
+        weight, full = DTYPES[cfg.model.dtype].itemsize, max(4, DTYPES[cfg.model.dtype].itemsize)
+        optimizer = (2 * full + full * (weight < full)) / (dp * p.cp)
+        expected = [line.parameters * each / 2**30 for each in (weight, full, optimizer)]
+        assert line.gibibytes == pytest.approx(expected, rel=0.01, abs=0.006)
+        assert line.micro_batches == check_rows(cfg, shape, world)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ranks_hold_the_model_once(name: str) -> None:
+    """Over tp × pp, what ranks own is the model. `test_dry_run` ties what is counted here to what ranks really build."""
+    cfg, shape, _ = config_of(name)
+    p = cfg.parallel
+    owned = 0
+    for pp in range(p.pp):
+        copy = shape.tied and pp == p.pp - 1 > 0  # of the embedding, on the last stage
+        rows = [(row, i) for row, i in rows_of(name, pp) if not (copy and row.ours.startswith("embedding."))]
+        owned += sum(piece.numel for rank in range(p.tp) for row, i in rows for piece in pieces(row, p.tp, rank, i) if piece.owned)
+    assert owned == shape.parameters()
+
+
+SEVERAL = """
+import json, runpy, sys
+tool, *_ = sys.argv[1:]
+for arguments in json.loads(sys.argv[2]):
+    sys.argv = [tool, *arguments]
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as end:
+        print(f"exit {end.code}", file=sys.stderr, flush=True)
+"""
+
+IMPOSSIBLE = [
+    ("moderation_72b", ("parallel.tp=12",), (96, "0"), "parallel.tp = 12 cannot cut 64 heads, 8 kv heads and ffn 29568: use 8 or 16"),
+    ("moderation_72b", (), (96, "0"), "tp 8 × pp 4 × cp 2 = 64 does not divide 96 ranks: launch 64 or 128"),
+    ("tiny", ("data.rows_per_step=7",), (4, "0,1"), "data.rows_per_step = 7 cannot be shared by dp 4 × 1 rows a micro-batch: use 4 or 8"),
+    ("tiny", (), (4, "4"), "there is no rank 4 in a world of 4: ranks go from 0 to 3"),
+    ("tiny", ("parallel.tpp=2",), (4, "0"), "override parallel.tpp=2: ParallelConfig has no field 'tpp', did you mean 'tp'?"),
+    (
+        "tiny",
+        ("optim.no_decay=('embedd',)",),
+        (4, "1"),
+        "optim.no_decay: 'embedd' matches no tensor; names look like model.embed_tokens.weight",
+    ),
+    ("tiny", ("model.attention=flash_attn",), (4, "0"), "model.attention = 'flash_attn' needs a GPU: use 'auto' or 'reference'"),
+]
+
+
+def test_what_cannot_be_is_one_line_and_status_1() -> None:
+    calls = [
+        [str(ROOT / "configs" / f"{name}.py"), *overrides, "--world", str(world), "--ranks", ranks]
+        for name, overrides, (world, ranks), _ in IMPOSSIBLE
+    ]
+    done = python("-c", SEVERAL, TOOL, json.dumps(calls))
+    assert done.stderr.splitlines() == [line for *_, wrong in IMPOSSIBLE for line in (f"megamod: error: {wrong}", "exit 1")]

@@ -1,0 +1,106 @@
+"""What only a GPU can show. Run by launch/gpu_check.sh; one GPU is enough."""
+
+from collections.abc import Iterator
+
+import oracle
+import parity
+import pytest
+import rows
+import tiny
+import torch
+from parity import Case
+from torch import Tensor
+
+from megamod.config import OptimConfig
+from megamod.config import ParallelConfig as P
+from megamod.errors import MegamodError
+from megamod.model import backends
+from megamod.model.backends import Documents, attend_reference
+from megamod.parallel import grid as grids
+from megamod.parallel.grid import Grid
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def grid() -> Iterator[Grid]:
+    """A world of this process, on NCCL."""
+    with grids.started(P(), tiny.shape("qwen2"), device=CUDA) as started:
+        yield started
+
+
+@pytest.mark.parametrize("name", ["varlen_attn", "flash_attn"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 8, 64), (8, 1, 128), (64, 8, 128), (28, 4, 128)])
+def test_attention(name: str, heads: int, kv_heads: int, dim: int) -> None:
+    """Packed attention in bf16, forward and backward: off the fp32 reference by at most twice what the bf16 reference is."""
+    try:
+        _, attend = backends.attention(name, CUDA, deterministic=False)
+    except MegamodError as error:
+        pytest.skip(str(error))
+    lengths = (1, 700, 37, 256, 2, 1052)
+    generator = torch.Generator(CUDA).manual_seed(1)
+    whole = [torch.randn(sum(lengths), n, dim, device=CUDA, generator=generator) for n in (heads, kv_heads, kv_heads, heads)]
+    documents = Documents(lengths, torch.tensor((0, *lengths), device=CUDA).cumsum(0).to(torch.int32))
+
+    def run(attend: backends.Attend, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.to(dtype).requires_grad_() for x in whole[:3])
+        out = attend(q, k, v, documents)
+        out.backward(whole[3].to(dtype))
+        return [x.float() for x in (out.detach(), *(y.grad for y in (q, k, v) if y.grad is not None))]
+
+    exact, plain, fast = run(attend_reference, torch.float32), run(attend_reference, torch.bfloat16), run(attend, torch.bfloat16)
+    for e, p, f in zip(exact, plain, fast, strict=True):
+        assert float((f - e).norm()) <= 2 * float((p - e).norm())
+
+
+@pytest.mark.parametrize("model", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_float64_parity(model: str, recompute: str, tmp_path: object) -> None:
+    """The model on NCCL and CUDA equals transformers on the CPU, loss and every gradient, in float64."""
+    value, gradients = oracle.run(oracle.model(model), rows.rows(tiny.shape(model).vocab), parity.everything)
+    with grids.started(P(), tiny.shape(model), device=CUDA) as grid:
+        run = parity.prepare(Case(model, P(), recompute), grid, attention="reference")
+        run.step()
+        assert float(run.metrics["loss"]) == pytest.approx(float(value), rel=1e-11)
+        assert parity.worst(run, gradients, lambda s: s.grad.cpu()) <= 1e-11
+
+
+def test_bf16_parity(grid: Grid) -> None:
+    """In bf16 with the GPU's own attention, gradients are off the float64 oracle's by at most twice transformers' own error."""
+    batches = rows.rows(61)
+    _, exact = oracle.run(oracle.model("qwen2"), batches, parity.everything)
+    theirs = oracle.model("qwen2", torch.bfloat16)
+    _, rounded = oracle.run(theirs, batches, parity.everything)
+    run = parity.prepare(Case("qwen2", P(), dtype="bfloat16"), grid, attention="reference")
+    run.step()
+    ours = {name: torch.zeros_like(g) for name, g in exact.items()}
+    for segment in run.optimizer.segments:
+        ours[segment.piece.hf].view(-1)[segment.start : segment.stop] = segment.grad.cpu().double()
+
+    def error(gradients: dict[str, Tensor]) -> float:
+        return sum(float((gradients[n].double() - g).norm() / g.norm()) for n, g in exact.items())
+
+    assert error(ours) <= 2 * error(rounded)
+
+
+def test_deterministic(grid: Grid) -> None:
+    """A deterministic run gives the same bits twice."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for _ in range(2):
+            run = parity.prepare(Case("qwen3", P(), dtype="bfloat16"), grid, OptimConfig(lr=1e-3), attention="reference")
+            for _ in range(3):
+                run.step()
+                run.optimizer.step(1e-3)
+            results.append([s.master.detach().clone() for s in run.optimizer.segments])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
