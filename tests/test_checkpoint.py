@@ -158,9 +158,7 @@ CHAINS: dict[str, Chain] = {
     # fp32 masters of bf16 weights
     "bf16": Chain("qwen2-tied-yarn", (P(tp=2, pp=2), P(tp=2, pp=2), P(tp=4)), dtype="bfloat16", tolerance=2e-2),
 }
-LINKS = [
-    pytest.param(name, i, id=f"{name}: {i} to {i + 1}") for name, chain in CHAINS.items() for i in range(len(chain.grids) - 1)
-]
+LINKS = [pytest.param(name, i, id=f"{name}: {i} to {i + 1}") for name, chain in CHAINS.items() for i in range(len(chain.grids) - 1)]
 
 
 def chains(root: Path) -> dict[str, list[Outcome]]:

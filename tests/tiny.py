@@ -52,6 +52,6 @@ def weights(name: str, dtype: torch.dtype = torch.float64, seed: int = 7) -> dic
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for key, size in hf_shapes(shape(name)).items():
-        x = torch.randn(*size, generator=generator, dtype=torch.float64) * 0.3
-        result[key] = (1.0 + 0.5 * x if key.endswith("norm.weight") else x).to(dtype)
+        x = torch.randn(*size, generator=generator, dtype=torch.float64) * 0.15
+        result[key] = (1.0 + x if key.endswith("norm.weight") else x).to(dtype)
     return result
