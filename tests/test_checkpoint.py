@@ -22,7 +22,7 @@ from parity import Case, Run, running
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megamod import checkpoint
+from megamod import checkpoint, losses
 from megamod.config import OptimConfig, ParallelConfig
 from megamod.errors import MegamodError
 from megamod.model.build import DTYPES
@@ -39,14 +39,14 @@ STEPS = 3  # before the save, and after it
 
 def steps(run: Run) -> list[float]:
     """The losses of the next steps, the same on every rank."""
-    losses = []
+    values = []
     for _ in range(STEPS):
-        run.step()
+        run.step(losses.cross_entropy)
         run.optimizer.step(LR)
         loss = torch.tensor([float(run.metrics["loss"]) if run.metrics else float("-inf")], dtype=torch.float64)
         dist.all_reduce(loss, dist.ReduceOp.MAX)
-        losses.append(float(loss))
-    return losses
+        values.append(float(loss))
+    return values
 
 
 def whole(run: Run) -> State:
@@ -132,11 +132,11 @@ def links(chain: Chain, directory: Path) -> list[Outcome]:
                 assert newest is not None
                 resumed = checkpoint.resume(newest, run.optimizer)
                 wrong, updates = differences(run, saved), run.optimizer.steps
-            losses = steps(run)
+            values = steps(run)
             if number:
                 unowned = sum(int(x.isnan().sum()) for x in saved.values())
                 moved = all(not torch.equal(saved[hf, "master"], x.to(saved[hf, "master"].dtype)) for hf, x in before.items())
-                outcomes.append(Outcome(newest, resumed, updates, went_on, losses, wrong, unowned, moved))
+                outcomes.append(Outcome(newest, resumed, updates, went_on, values, wrong, unowned, moved))
             if number + 1 < len(chain.grids):
                 before = {hf: x for (hf, kind), x in saved.items() if kind == "master"} or before
                 saved = whole(run)
@@ -149,11 +149,10 @@ def links(chain: Chain, directory: Path) -> list[Outcome]:
 
 P = ParallelConfig
 CHAINS: dict[str, Chain] = {
-    # tp 4 has more ranks than kv heads; then stages, and ranks that share a row
-    "qwen3": Chain("qwen3", (P(tp=2, pp=2), P(tp=2, pp=2), P(tp=4), P(pp=2, cp=2))),
+    "qwen3": Chain("qwen3", (P(tp=2, pp=2), P(tp=2, pp=2), P(tp=4))),  # tp 4 has more ranks than kv heads
     # the embedding is the head: on one stage, on two, on the first and the last of four, which has no layer
     "tied": Chain("llama-bias-tied", (P(), P(tp=2, pp=2, vpp=2), P(pp=4, layers_per_stage=(2, 1, 1, 0)))),
-    # eight copies of the one kv head, with sequence parallelism; then two
+    # eight copies of the one kv head, with sequence parallelism; then two, and ranks that share a row
     "one kv head": Chain("qwen2-1kv", (P(tp=8, sp=True), P(tp=2, cp=2))),
     # fp32 masters of bf16 weights
     "bf16": Chain("qwen2-tied-yarn", (P(tp=2, pp=2), P(tp=2, pp=2), P(tp=4)), dtype="bfloat16", tolerance=2e-2),

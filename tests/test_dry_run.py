@@ -167,7 +167,7 @@ IMPOSSIBLE = [
         "tiny",
         ("optim.no_decay=('embedd',)",),
         (4, "1"),
-        "optim.no_decay: 'embedd' matches no tensor; names look like model.embed_tokens.weight",
+        "optim.no_decay: 'embedd' matches no tensor; names look like model.layers.0.input_layernorm.weight",
     ),
     ("tiny", ("model.attention=flash_attn",), (4, "0"), "model.attention = 'flash_attn' needs a GPU: use 'auto' or 'reference'"),
 ]
