@@ -19,7 +19,7 @@ def config() -> RunConfig:
         model=ModelConfig(path=str(MODELS / "tiny-qwen3"), init="random", dtype="float32"),
         data=DataConfig(train=SyntheticData(documents=256, mean_length=60, labelled=0.2), row_length=512, rows_per_step=8),
         loss=partial(losses.moderation, verdict_weight=4.0),
-        optim=OptimConfig(lr=1e-3, warmup_steps=5),
+        optim=OptimConfig(lr=1e-3, warmup_steps=1),
         checkpoint=CheckpointConfig(export=True),
         log=LogConfig(every=5),
     )

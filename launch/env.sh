@@ -15,8 +15,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # No model hub, and no telemetry.
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-# The repository's root, wherever the caller is.
+# The repository's root, wherever the caller is; importable without an installation too.
 MEGAMOD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$MEGAMOD_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 # Make or reuse .venv with megamod and the extras given ("", "test", "cuda"); then use it.
 megamod_venv() {
@@ -31,7 +32,10 @@ megamod_venv() {
             echo "megamod: error: no Python >= 3.10 on PATH" >&2
             return 1
         fi
-        "$python" -m venv "$MEGAMOD_ROOT/.venv" || return 1
+        if ! "$python" -m venv "$MEGAMOD_ROOT/.venv"; then
+            rm -rf "$MEGAMOD_ROOT/.venv" # half-made (Debian without python3-venv), it would be taken for whole next time
+            return 1
+        fi
     fi
     # Installed again only when setup.py has changed.
     if [ ! -f "$stamp" ] || [ "$MEGAMOD_ROOT/setup.py" -nt "$stamp" ]; then

@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in under ten minutes on one: tests marked gpu, then a real training step with tokens/s, MFU
-# and memory. Uses .venv if there is one, else the python on PATH (torch, megatron-core, transformers and pytest must be there).
-# The report also goes to runs/gpu_check/report.txt.
-set -euo pipefail
+# and memory. Uses .venv if there is one, else the python on PATH, with what setup.py names and pytest. Both parts run, whatever the
+# first says; the exit status is the worse one. The report also goes to runs/gpu_check/report.txt.
+set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [ -x "$MEGAMOD_ROOT/.venv/bin/python" ] && export PATH="$MEGAMOD_ROOT/.venv/bin:$PATH"
-cd "$MEGAMOD_ROOT"
-export PYTHONPATH="$MEGAMOD_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+cd "$MEGAMOD_ROOT" || exit 1
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "megamod: error: no GPU that torch can use" >&2
+    exit 1
+fi
 rm -rf runs/gpu_check
 mkdir -p runs/gpu_check
-{
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+check() {
+    local status=0
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
     git log -1 --format='commit %H' 2>/dev/null || true
     python -c 'import torch, megatron.core; print("torch", torch.__version__, "· megatron-core", megatron.core.__version__)'
-    python -m pytest -m gpu tests
-    python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py
-} 2>&1 | tee runs/gpu_check/report.txt
+    python -m pytest -m gpu tests/test_gpu.py || status=$?
+    python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
+    return "$status"
+}
+check 2>&1 | tee runs/gpu_check/report.txt

@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [ -x "$MEGAMOD_ROOT/.venv/bin/python" ] && export PATH="$MEGAMOD_ROOT/.venv/bin:$PATH"
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-[ "$gpus" -gt 0 ] || gpus=2
-exec torchrun --standalone --nproc-per-node "${NPROC:-$gpus}" -m megamod.train "$@"
+if [ -z "${NPROC:-}" ]; then
+    NPROC=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+fi
+exec torchrun --standalone --nproc-per-node "$NPROC" -m megamod.train "$@"

@@ -15,7 +15,7 @@ import os
 import shutil
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megamod import files
 from megamod.errors import MegamodError, listed
 from megamod.optim import KINDS, Optimizer
+from megamod.parallel.collectives import together
 from megamod.parallel.grid import Grid
 from megamod.weights.table import boxes, overlap
 
 FORMAT = 1
 TRACKER = "latest"
+Entry = tuple[str, list[int], dict[str, Any]]  # of the manifest: a tensor, its shape, and one stored piece of it
 
 
 def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, about: Mapping[str, Any] | None = None) -> Path:
@@ -47,36 +50,49 @@ def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, abo
     root = Path(directory)
     usual = f"step-{step:08d}"
     final, draft = root / (usual if _tracked(root) != usual else f"{usual}-again"), root / f".{usual}.tmp"
-    if grid.rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-    dist.barrier()
     file = f"rank-{grid.rank:05d}.safetensors"
-    tensors, entries = _own_pieces(optimizer, file)
-    if tensors:
-        save_file(tensors, draft / file)
-        os.chmod(draft / file, 0o666 & ~_umask())
-        _sync(draft / file)
+    together(lambda: _prepare(draft), acts=grid.rank == 0)
+    entries = together(lambda: _write_own(optimizer, draft / file))
     gathered: list[Any] = [None] * grid.world
     dist.all_gather_object(gathered, entries)
-    if grid.rank == 0:
-        pieces: dict[str, dict[str, Any]] = defaultdict(lambda: {"shape": None, "pieces": []})
-        for rank_entries in gathered:
-            for name, shape, entry in rank_entries:
-                pieces[name]["shape"] = shape
-                pieces[name]["pieces"].append(entry)
-        manifest = {"format": FORMAT, "step": step, "updates": optimizer.steps, "about": dict(about or {}), "tensors": pieces}
-        text = json.dumps({**manifest, "crc32": _json_crc(manifest)})
-        (draft / "manifest.json").write_text(text + "\n", encoding="utf-8")
-        _sync(draft / "manifest.json")
-        _sync(draft)
-        shutil.rmtree(final, ignore_errors=True)  # what `latest` does not name: a save that was cut short, or a run given up
-        os.rename(draft, final)
-        _sync(root)
-        _replace(root / TRACKER, final.name)
-    dist.barrier()
+    manifest = {"format": FORMAT, "step": step, "updates": optimizer.steps, "about": dict(about or {}), "tensors": _merge(gathered)}
+    together(lambda: _finish(manifest, draft, final), acts=grid.rank == 0)
     return final
+
+
+def _prepare(draft: Path) -> None:
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)  # left by a save that was cut short
+    draft.mkdir()
+
+
+def _write_own(optimizer: Optimizer, file: Path) -> list[Entry]:
+    """Write this rank's pieces to `file`; their manifest entries."""
+    tensors, entries = _own_pieces(optimizer, file.name)
+    if tensors:
+        save_file(tensors, file)
+        files.finish(file)
+    return entries
+
+
+def _merge(gathered: Sequence[Sequence[Entry]]) -> dict[str, dict[str, Any]]:
+    """Tensor → its shape and all ranks' pieces."""
+    tensors: dict[str, dict[str, Any]] = defaultdict(lambda: {"shape": None, "pieces": []})
+    for name, shape, entry in (item for entries in gathered for item in entries):
+        tensors[name]["shape"] = shape
+        tensors[name]["pieces"].append(entry)
+    return tensors
+
+
+def _finish(manifest: Mapping[str, Any], draft: Path, final: Path) -> None:
+    """The manifest, the directory's name, and last the tracker."""
+    (draft / "manifest.json").write_text(json.dumps({**manifest, "crc32": _json_crc(manifest)}) + "\n", encoding="utf-8")
+    files.sync(draft / "manifest.json")
+    files.sync(draft)
+    shutil.rmtree(final, ignore_errors=True)  # what `latest` does not name: a save that was cut short, or a run given up
+    os.rename(draft, final)
+    files.sync(final.parent)
+    files.replace_text(final.parent / TRACKER, final.name + "\n")
 
 
 def latest(directory: str | Path) -> Path | None:
@@ -90,6 +106,12 @@ def latest(directory: str | Path) -> Path | None:
     return root / name
 
 
+def read_about(path: str | Path) -> tuple[int, dict[str, Any]]:
+    """The step that the checkpoint at `path` was saved after, and its `about`. Raises MegamodError for a damaged manifest."""
+    manifest = _manifest(Path(path))
+    return manifest["step"], manifest["about"]
+
+
 def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
     """Fill the optimizer's masters and moments, and the weights, from the checkpoint at `path`, on whatever grid this is.
 
@@ -97,12 +119,19 @@ def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]
         The step it was saved after, and `about`.
 
     Raises:
-        MegamodError: a manifest or a file that is damaged, of another format, or of another model.
+        MegamodError: on every rank alike: a manifest or a file that is damaged, of another format, or of another model.
     """
     path = Path(path)
     manifest = _manifest(path)
     _check_model(path, manifest, optimizer)
-    files: dict[str, Any] = {}
+    together(lambda: _fill(path, manifest, optimizer))
+    optimizer.restore(manifest["updates"])
+    return manifest["step"], manifest["about"]
+
+
+def _fill(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Read what this rank's segments need."""
+    opened: dict[str, Any] = {}
     cached: tuple[tuple[str, str], Tensor] | None = None  # neighbours in a grid's order often need the same piece
     for segment in optimizer.segments:
         piece = segment.piece
@@ -116,17 +145,15 @@ def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]
                         continue
                     address = (entry["file"], entry["key"])
                     if cached is None or cached[0] != address:
-                        cached = address, _read(path, entry, files)
+                        cached = address, _read(path, entry, opened)
                     part = cached[1].view(entry["size"])[common[1]]
                     view[common[0]] = part.to(view.device, view.dtype)
                     filled += part.numel()
                 if filled != view.numel():
                     raise MegamodError(f"{path}: {piece.hf} {kind}: {filled} of {view.numel()} elements at {box[0]} are stored")
-    optimizer.restore(manifest["updates"])
-    return manifest["step"], manifest["about"]
 
 
-def _own_pieces(optimizer: Optimizer, file: str) -> tuple[dict[str, Tensor], list[tuple[str, list[int], dict[str, Any]]]]:
+def _own_pieces(optimizer: Optimizer, file: str) -> tuple[dict[str, Tensor], list[Entry]]:
     """What this rank writes: tensors by key, and their manifest entries."""
     tensors: dict[str, Tensor] = {}
     entries = []
@@ -173,15 +200,15 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path, entry: Mapping[str, Any], files: dict[str, Any]) -> Tensor:
+def _read(path: Path, entry: Mapping[str, Any], opened: dict[str, Any]) -> Tensor:
     """A stored piece, its checksum verified."""
     name, key = entry["file"], entry["key"]
-    if name not in files and not _is_inside(path, name):
+    if name not in opened and not _is_inside(path, name):
         raise MegamodError(f"{path / 'manifest.json'}: {name!r} must be a bare *.safetensors name inside the directory")
     try:
-        if name not in files:
-            files[name] = safe_open(path / name, framework="pt", device="cpu")
-        data: Tensor = files[name].get_tensor(key)
+        if name not in opened:
+            opened[name] = safe_open(path / name, framework="pt", device="cpu")
+        data: Tensor = opened[name].get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise MegamodError(f"{path / name}: cannot be read ({error}); resume from an earlier checkpoint") from None
     if _crc(data) != entry["crc32"]:
@@ -213,25 +240,3 @@ def _json_crc(manifest: Mapping[str, Any]) -> int:
 
 def _crc(data: Tensor) -> int:
     return zlib.crc32(data.contiguous().view(torch.uint8).numpy()) if data.numel() else 0  # type: ignore[arg-type]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text + "\n", encoding="utf-8")
-    _sync(draft)
-    os.replace(draft, path)
-    _sync(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

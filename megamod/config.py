@@ -13,12 +13,13 @@ import json
 import re
 import runpy
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megamod import losses
 from megamod.errors import MegamodError, nearest
@@ -28,6 +29,7 @@ Attention = Literal["auto", "flash_attn", "varlen_attn", "reference"]
 Linear = Literal["megatron", "transformer_engine"]
 Dtype = Literal["bfloat16", "float32", "float64"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     made = _run_file(Path(path)).get("config")
     if not callable(made):
         raise MegamodError(f"{path}: defines no function config() -> RunConfig")
-    try:
-        cfg = made()
-    except TypeError as error:  # a misspelt keyword of a dataclass
-        raise MegamodError(f"{path}: config(): {_keyword_hint(error)}") from None
+    cfg = _guarded(path, made)
     if not isinstance(cfg, RunConfig):
         raise MegamodError(f"{path}: config() returned {type(cfg).__name__}, not RunConfig")
     for item in overrides:
@@ -161,16 +160,28 @@ def _run_file(path: Path) -> dict[str, Any]:
     folder, before = str(path.resolve().parent), set(sys.modules)
     sys.path.insert(0, folder)
     try:
-        return runpy.run_path(str(path), run_name=str(path))  # the name under which `save` writes functions of the file
-    except (SyntaxError, ImportError) as error:
-        raise MegamodError(f"{path}: {type(error).__name__}: {error}") from None
-    except TypeError as error:
-        raise MegamodError(f"{path}: {_keyword_hint(error)}") from None
+        # The name is the one under which `save` writes functions of the file.
+        return _guarded(path, lambda: runpy.run_path(str(path), run_name=str(path)))
     finally:
         sys.path.remove(folder)
         for name in set(sys.modules) - before:  # a neighbour is read again next time, and its name is free for another folder's
             if str(Path(getattr(sys.modules[name], "__file__", None) or "").parent) == folder:
                 del sys.modules[name]
+
+
+def _guarded(path: str | Path, act: Callable[[], T]) -> T:
+    """Run a piece of the user's config file; what goes wrong in it is one line, with the file's line and the nearest name."""
+    try:
+        return act()
+    except MegamodError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        hint = _keyword_hint(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, AttributeError) and error.name is not None:
+            hint = f"{hint}, {nearest(error.name, [n for n in dir(error.obj) if not n.startswith('_')])}"
+        raise MegamodError(f"{where}: {hint}") from None
 
 
 def check(cfg: RunConfig) -> None:
@@ -196,6 +207,11 @@ def check(cfg: RunConfig) -> None:
             raise MegamodError(f"{key} would not be read: {why}")
     if o.schedule == "wsd" and o.decay_steps is None:
         raise MegamodError("optim.schedule 'wsd' needs optim.decay_steps")
+    if o.warmup_steps + (o.decay_steps or 0) > cfg.steps:
+        parts = f"optim.warmup_steps = {o.warmup_steps}" + (f" and optim.decay_steps = {o.decay_steps}" if o.decay_steps else "")
+        raise MegamodError(f"{parts} do not fit into steps = {cfg.steps}")
+    if o.min_lr is not None and o.min_lr > o.lr:
+        raise MegamodError(f"optim.min_lr = {o.min_lr} is above optim.lr = {o.lr}")
     if m.recompute_modules == ():
         raise MegamodError("model.recompute_modules is empty: name some, or set model.recompute to 'none'")
     for module in m.recompute_modules or ():

@@ -20,3 +20,12 @@ def replace_text(path: Path, text: str) -> None:
     sync(draft)
     os.replace(draft, path)
     sync(path.parent)
+
+
+def finish(file: Path) -> None:
+    """Give a file that safetensors wrote the mode that the umask gives, as its directory has it, and sync it.
+
+    safetensors leaves 0600, so that other users could not read a shared model.
+    """
+    file.chmod(file.parent.stat().st_mode & 0o666)
+    sync(file)

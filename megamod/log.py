@@ -38,6 +38,7 @@ class Log:
         self._tokens, self._flops, self._since = 0, 0.0, 0
         if active:
             directory.mkdir(parents=True, exist_ok=True)
+            _forget_after(directory / "metrics.jsonl", first)
             self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1) if cfg.tensorboard else None
 
@@ -94,6 +95,15 @@ def _line(record: Mapping[str, float]) -> str:
         "memory_gib": "{:.1f} GiB", "skipped": "skipped {:.0f}", "step_seconds": "{:.2f} s",
     }  # fmt: skip
     return " · ".join(forms.get(name, name + " {:.4f}").format(value) for name, value in record.items())
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop the lines of steps that are about to be run again, by a run that goes on from a checkpoint before them."""
+    if not file.exists():
+        return
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]  # the last may be cut short
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def _known_peak(device: torch.device) -> float | None:

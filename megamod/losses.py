@@ -21,11 +21,15 @@ from megamod.model.head import Head
 
 
 class Loss(NamedTuple):
+    """What a loss returns for one micro-batch."""
+
     value: Tensor  # this rank's share of the objective, a scalar
     metrics: dict[str, Mean]  # reported as sum ÷ count over the whole step; the same names in every micro-batch
 
 
 class LossFunction(Protocol):
+    """Any function of a head and a batch; further parameters are bound by `functools.partial` in the config."""
+
     def __call__(self, head: Head, batch: Batch) -> Loss: ...
 
 

@@ -39,6 +39,8 @@ class Segment:
 
 
 class Update(NamedTuple):
+    """What one optimizer step did."""
+
     grad_norm: float  # before clipping, of the whole model
     skipped: bool  # a gradient was NaN or infinite: nothing was changed
 

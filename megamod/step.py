@@ -16,7 +16,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megamod.batch import UNITS, Batch, Mean
-from megamod.losses import LossFunction
+from megamod.errors import MegamodError
+from megamod.losses import Loss, LossFunction
 from megamod.model.build import Decoder
 from megamod.parallel.grid import Grid
 
@@ -32,10 +33,23 @@ def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module, *, grid: Grid
 
 
 def _objective(hidden: Tensor, *, chunk: torch.nn.Module, batch: Batch, loss: LossFunction) -> tuple[Tensor, Tensor, Metrics]:
-    value, metrics = loss(_bare(chunk).head(hidden, batch), batch)
+    value, metrics = _checked(loss(_bare(chunk).head(hidden, batch), batch))
     share = Mean(value.detach(), torch.zeros_like(value))  # already divided: its count of 1 is added once, in `_totalled`
     no_tokens = torch.zeros((), dtype=torch.int, device=hidden.device)  # megatron-core counts none: batch.mean has
     return value, no_tokens, {"loss": share, **metrics}
+
+
+def _checked(result: Loss) -> Loss:
+    """What a researcher's function returned, or a line that says what it should have been."""
+    if not isinstance(result, Loss):
+        raise MegamodError(f"the loss returned {type(result).__name__}: return Loss(value, metrics)")
+    if not isinstance(result.value, Tensor) or result.value.dim():
+        shape = list(result.value.shape) if isinstance(result.value, Tensor) else type(result.value).__name__
+        raise MegamodError(f"the loss's value is {shape}, a scalar was expected: sum it with batch.mean(x, over=...)")
+    for name, metric in result.metrics.items():
+        if not isinstance(metric, Mean):
+            raise MegamodError(f"the loss's metric {name!r} is {type(metric).__name__}: make it with batch.mean_of(x)")
+    return result
 
 
 def train_step(

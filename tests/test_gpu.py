@@ -11,13 +11,14 @@ import torch
 from parity import Case
 from torch import Tensor
 
-from megamod.config import OptimConfig
+from megamod.config import Attention, OptimConfig
 from megamod.config import ParallelConfig as P
 from megamod.errors import MegamodError
 from megamod.model import backends
 from megamod.model.backends import Documents, attend_reference
 from megamod.parallel import grid as grids
 from megamod.parallel.grid import Grid
+from megamod.weights.table import boxes
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -41,7 +42,7 @@ def grid() -> Iterator[Grid]:
 def test_attention(name: str, heads: int, kv_heads: int, dim: int) -> None:
     """Packed attention in bf16, forward and backward: off the fp32 reference by at most twice what the bf16 reference is."""
     try:
-        _, attend = backends.attention(name, CUDA, deterministic=False)
+        _, attend = backends.attention(name, CUDA, torch.bfloat16, deterministic=False)
     except MegamodError as error:
         pytest.skip(str(error))
     lengths = (1, 700, 37, 256, 2, 1052)
@@ -72,17 +73,26 @@ def test_float64_parity(model: str, recompute: str, tmp_path: object) -> None:
         assert parity.worst(run, gradients, lambda s: s.grad.cpu()) <= 1e-11
 
 
-def test_bf16_parity(grid: Grid) -> None:
-    """In bf16 with the GPU's own attention, gradients are off the float64 oracle's by at most twice transformers' own error."""
+@pytest.mark.parametrize("attention", ["reference", "varlen_attn", "flash_attn"])
+def test_bf16_parity(attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, gradients are off the float64 oracle's by at most twice what transformers' own in bf16 are."""
+    big = {"model_type": "qwen2", "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(tiny.CONFIGS, "gpu", {**big, "rope_theta": 1e6})
+    try:
+        backends.attention(attention, CUDA, torch.bfloat16, deterministic=False)
+    except MegamodError as error:
+        pytest.skip(str(error))
     batches = rows.rows(61)
-    _, exact = oracle.run(oracle.model("qwen2"), batches, parity.everything)
-    theirs = oracle.model("qwen2", torch.bfloat16)
-    _, rounded = oracle.run(theirs, batches, parity.everything)
-    run = parity.prepare(Case("qwen2", P(), dtype="bfloat16"), grid, attention="reference")
-    run.step()
-    ours = {name: torch.zeros_like(g) for name, g in exact.items()}
-    for segment in run.optimizer.segments:
-        ours[segment.piece.hf].view(-1)[segment.start : segment.stop] = segment.grad.cpu().double()
+    _, exact = oracle.run(oracle.model("gpu"), batches, parity.everything)
+    _, rounded = oracle.run(oracle.model("gpu", torch.bfloat16), batches, parity.everything)
+    with grids.started(P(), tiny.shape("gpu"), device=CUDA) as grid:
+        run = parity.prepare(Case("gpu", P(), dtype="bfloat16"), grid, attention=attention)
+        run.step()
+        ours = {name: torch.zeros_like(g) for name, g in exact.items()}
+        for segment in run.optimizer.segments:
+            for start, stop, (offset, size) in boxes(segment.piece, segment.start, segment.stop):
+                part = segment.grad[start - segment.start : stop - segment.start].view(size).cpu().double()
+                ours[segment.piece.hf][tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))] = part
 
     def error(gradients: dict[str, Tensor]) -> float:
         return sum(float((gradients[n].double() - g).norm() / g.norm()) for n, g in exact.items())

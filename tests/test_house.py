@@ -327,3 +327,8 @@ def test_the_readme_s_tree_names_every_module() -> None:
     assert [name_of(file) for file in MODULES if file not in named and file.name != "__init__.py"] == []
     scripts = {file for folder in ("launch", "configs", "tools") for file in (ROOT / folder).iterdir() if file.is_file()}
     assert sorted(scripts - named) == []
+
+
+def test_readme_has_no_blank_left() -> None:
+    """A place that was to be filled with output."""
+    assert "@@" not in (ROOT / "README.md").read_text(encoding="utf-8")

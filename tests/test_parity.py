@@ -31,6 +31,7 @@ GRIDS = [
     P(tp=8), P(tp=8, sp=True),
     P(cp=2), P(cp=4, pp=2), P(cp=8), P(tp=2, cp=2, sp=True), P(tp=2, pp=2, cp=2), P(tp=2, pp=2, vpp=2, cp=2, sp=True), P(tp=4, cp=2),
 ]  # fmt: skip
+RECOMPUTE = ("none", "full")
 # By kv heads: models of equal kv heads share a started grid.
 MODELS = sorted(tiny.CONFIGS, key=lambda name: (tiny.shape(name).kv_heads, name))
 
@@ -54,9 +55,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+Table = dict[tuple[str, str, str], float]
+
+
 @pytest.fixture(scope="module")
-def table() -> dict[tuple[str, str], float]:
-    """(grid, model) → worst error over losses, gradients and recompute modes; filled by `test_grid`, read by `test_readme`."""
+def table() -> Table:
+    """(grid, recompute, model) → the worst error of loss and gradients; filled by `test_grid`, read by `test_readme`."""
     return {}
 
 
@@ -76,13 +80,12 @@ def check(cases: list[Case], expected: str, tolerance: float = TOLERANCE) -> lis
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=label)
-def test_grid(grid: P, expected: str, table: dict[tuple[str, str], float]) -> None:
-    """Every model on this grid, without and with full recompute; one model with selective recompute of each part too."""
-    cases = [Case(name, grid, recompute) for name in MODELS for recompute in ("none", "full")]
-    cases += [Case(MODELS[-1], grid, "selective", modules) for modules in (("core_attn",), ("core_attn", "mlp"))]
-    for case, error in zip(cases, check(cases, expected), strict=True):
-        key = (label(grid), case.model)
-        table[key] = max(table.get(key, 0.0), error)
+def test_grid(grid: P, expected: str, table: Table) -> None:
+    """Every model on this grid, without and with full recompute; one model with selective recompute too."""
+    cases = [Case(name, grid, recompute) for name in MODELS for recompute in RECOMPUTE]
+    selective = [Case(MODELS[-1], grid, "selective", ("core_attn", "mlp"))]
+    for case, error in zip(cases, check(cases + selective, expected), strict=False):
+        table[label(grid), case.recompute, case.model] = error
 
 
 def test_selective_recompute(expected: str) -> None:
@@ -94,6 +97,7 @@ def test_selective_recompute(expected: str) -> None:
 def test_overlap(expected: str) -> None:
     """Gradients reduced bucket by bucket while the backward pass goes on."""
     check([Case("qwen3-tied", grid, overlap=True) for grid in (P(), P(tp=2, pp=2), P(pp=2, vpp=2))], expected)
+    check([Case("qwen2-1kv", P(tp=4), overlap=True, recompute=recompute) for recompute in RECOMPUTE], expected)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -104,22 +108,24 @@ def test_fp32(model: str, tmp_path: Path) -> None:
     check([Case(model, P(tp=2, pp=2, sp=True), dtype="float32")], str(tmp_path / "fp32.pt"), tolerance=1e-5)
 
 
-def render(table: dict[tuple[str, str], float]) -> str:
-    lines = ["| grid of 8 ranks | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
+def render(table: Table) -> str:
+    lines = ["| grid of 8 ranks | recompute | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 2) + "|"]
     for grid in map(label, GRIDS):
-        lines.append(f"| {grid} | " + " | ".join(f"{table[grid, name]:.0e}" if (grid, name) in table else "" for name in MODELS) + " |")
+        for recompute in RECOMPUTE:
+            errors = (table.get((grid, recompute, name)) for name in MODELS)
+            lines.append(f"| {grid} | {recompute} | " + " | ".join("" if e is None else f"{e:.0e}" for e in errors) + " |")
     return "\n".join(lines)
 
 
-def test_readme(table: dict[tuple[str, str], float], request: pytest.FixtureRequest) -> None:
-    """README's table has every grid and model, no empty cell, and no error above the tolerance."""
+def test_readme(table: Table) -> None:
+    """README's table has every grid, recompute mode and model, no empty cell, and no error above the tolerance."""
     text = README.read_text(encoding="utf-8")
     if os.environ.get("REPORT"):
-        assert len(table) == len(GRIDS) * len(MODELS), "run the whole file to write the table"
+        assert len(table) == len(GRIDS) * len(RECOMPUTE) * len(MODELS), "run the whole file to write the table"
         text = text[: text.index(BEGIN) + len(BEGIN)] + "\n" + render(table) + "\n" + text[text.index(END) :]
         README.write_text(text, encoding="utf-8")
     lines = text[text.index(BEGIN) : text.index(END)].strip().splitlines()[1:]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert cells[0][1:] == MODELS
-    assert [row[0] for row in cells[2:]] == [label(grid) for grid in GRIDS]
-    assert all(float(cell) <= TOLERANCE for row in cells[2:] for cell in row[1:])
+    assert cells[0][2:] == MODELS
+    assert [row[:2] for row in cells[2:]] == [[label(grid), recompute] for grid in GRIDS for recompute in RECOMPUTE]
+    assert all(float(cell) <= TOLERANCE for row in cells[2:] for cell in row[2:])

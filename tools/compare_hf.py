@@ -1,6 +1,6 @@
 """Compare a Hugging Face directory in megamod and in transformers: log-probabilities of the same random documents.
 
-    python tools/compare_hf.py runs/tiny/hf --dtype float32
+    python tools/compare_hf.py runs/tiny/hf/step-00000020 --dtype float32
 
 Documents are packed into one row for megamod and run one by one in transformers. Ends with status 1 when they differ by more
 than --tolerance.

@@ -18,10 +18,14 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="owner.key=value")
     parser.add_argument("--world", type=int, required=True, help="number of GPUs")
     parser.add_argument("--ranks", default="0", help="comma-separated, or 'all'")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         cfg = config.load(args.config, args.overrides)
         shape = model_shape(cfg)
+        if args.world < 1 or not (args.ranks == "all" or all(r.isdecimal() for r in args.ranks.split(","))):
+            raise MegamodError(
+                f"--world {args.world} --ranks {args.ranks}: a number of GPUs, and ranks such as 0,3 or 'all', were expected"
+            )
         ranks = range(args.world) if args.ranks == "all" else [int(r) for r in args.ranks.split(",")]
         print("rank  place                            layers          parameters   weights  gradients  optimizer  micro-batches  seconds")
         for rank in ranks:

@@ -16,9 +16,12 @@ from megamod.errors import MegamodError
 
 def load_documents(cfg: DataConfig, vocab: int, seed: int) -> list[Document]:
     """The documents that `cfg.train` names. `seed` is for made-up ones. Raises MegamodError."""
-    if isinstance(cfg.train, str):
-        return read_jsonl(cfg.train, vocab)
-    return synthetic(cfg.train, vocab, cfg.row_length, seed)
+    if not isinstance(cfg.train, str):
+        return synthetic(cfg.train, vocab, cfg.row_length, seed)
+    documents = read_jsonl(cfg.train, vocab)
+    if not any((document.labels[1:] != -100).any() for document in documents):
+        raise MegamodError(f"{cfg.train}: no document has a token to train: labels are all -100, or documents of one token")
+    return documents
 
 
 class Loader:

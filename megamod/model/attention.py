@@ -59,6 +59,8 @@ class PackedAttention(nn.Module):
 
 @dataclass
 class SelfAttentionSubmodules:
+    """Who multiplies and who normalises inside SelfAttention."""
+
     linear_qkv: type
     linear_proj: type
     norm: type  # of each head's q and k, in the families that have it
@@ -120,9 +122,8 @@ class SelfAttention(MegatronModule):
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))  # [T/cp, 1, H·D/tp] → [T', 1, C]
 
 
-def self_attention_spec(
-    column: type, row: type, norm: type, shape: Shape, grid: Grid, attend: Attend
-) -> ModuleSpec:  # what TransformerLayer builds
+def self_attention_spec(column: type, row: type, norm: type, shape: Shape, grid: Grid, attend: Attend) -> ModuleSpec:
+    """What megatron-core's TransformerLayer builds in its self_attention slot."""
     return ModuleSpec(
         module=SelfAttention,
         params={"shape": shape, "grid": grid, "attend": attend},

@@ -1,6 +1,5 @@
 """Two hardware questions, each answered once when the model is built, and said in the log: who attends, who multiplies."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,34 +37,49 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> T
     return torch.cat(outputs)
 
 
-def attention(name: str, device: torch.device, deterministic: bool) -> tuple[str, Attend]:
+def attention(name: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> tuple[str, Attend]:
     """The attention that `model.attention` names; `auto` takes the first that works here. Returns its name and function.
+
+    The fused ones run on a GPU, in bfloat16; elsewhere there is the reference.
 
     Raises:
         MegamodError: the one asked for cannot run here.
     """
-    on_gpu = device.type == "cuda"
-    if name == "auto":
-        name = ("flash_attn" if _installed("flash_attn") else "varlen_attn") if on_gpu else "reference"
     if name == "reference":
         return name, attend_reference
-    if not on_gpu:
-        raise MegamodError(f"model.attention = {name!r} needs a GPU: use 'auto' or 'reference'")
-    if name == "flash_attn":
-        if not _installed("flash_attn"):
-            raise MegamodError("model.attention = 'flash_attn': the package flash-attn is not installed: use 'auto'")
+    fused = device.type == "cuda" and dtype is torch.bfloat16
+    if name == "auto":
+        if not fused:
+            return "reference", attend_reference
+        try:
+            return "flash_attn", _flash_attn(deterministic)
+        except MegamodError:
+            return "varlen_attn", _varlen_attn()
+    if not fused:
+        raise MegamodError(f"model.attention = {name!r} needs a GPU and bfloat16, not {device.type} and {dtype}: use 'auto' or 'reference'")
+    return name, _flash_attn(deterministic) if name == "flash_attn" else _varlen_attn()
+
+
+def _flash_attn(deterministic: bool) -> Attend:
+    """FlashAttention's own package (Dao 2023, arXiv:2307.08691)."""
+    try:
         from flash_attn import flash_attn_varlen_func
+    except (ImportError, OSError) as error:  # absent, or built for another torch
+        raise MegamodError(f"model.attention = 'flash_attn': flash-attn cannot be imported ({error}): use 'auto'") from None
 
-        def flash(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
-            borders: dict[str, Any] = {"cu_seqlens_q": d.cu_seqlens, "cu_seqlens_k": d.cu_seqlens}
-            longest = {"max_seqlen_q": d.longest, "max_seqlen_k": d.longest}
-            return flash_attn_varlen_func(q, k, v, **borders, **longest, causal=True, deterministic=deterministic)
+    def attend(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
+        borders: dict[str, Any] = {"cu_seqlens_q": d.cu_seqlens, "cu_seqlens_k": d.cu_seqlens}
+        longest = {"max_seqlen_q": d.longest, "max_seqlen_k": d.longest}
+        return flash_attn_varlen_func(q, k, v, **borders, **longest, causal=True, deterministic=deterministic)
 
-        return name, flash
-    # Its backward follows torch.use_deterministic_algorithms, which a deterministic run sets.
+    return attend
+
+
+def _varlen_attn() -> Attend:
+    """torch's own; its backward follows torch.use_deterministic_algorithms, which a deterministic run sets."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
         # A window that is open to the left and closed to the right is causal attention.
         out = varlen_attn(
             q, k, v, d.cu_seqlens, d.cu_seqlens, d.longest, d.longest,
@@ -74,19 +88,18 @@ def attention(name: str, device: torch.device, deterministic: bool) -> tuple[str
         assert isinstance(out, Tensor)
         return out
 
-    return name, varlen
+    return attend
 
 
-def linears(name: str) -> tuple[type, type]:
+def linears(name: str, device: torch.device) -> tuple[type, type]:
     """The column- and row-parallel linear that `model.linear` names. Raises MegamodError where it cannot be had."""
     if name == "megatron":
         return ColumnParallelLinear, RowParallelLinear
-    if not _installed("transformer_engine"):
-        raise MegamodError("model.linear = 'transformer_engine': the package transformer-engine is not installed: use 'megatron'")
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
-
+    if device.type != "cuda":
+        raise MegamodError("model.linear = 'transformer_engine' needs a GPU: use 'megatron'")
+    try:
+        import transformer_engine  # noqa: F401
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+    except (ImportError, OSError) as error:
+        raise MegamodError(f"model.linear = 'transformer_engine': it cannot be imported ({error}): use 'megatron'") from None
     return TEColumnParallelLinear, TERowParallelLinear
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

@@ -118,8 +118,8 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
         MegamodError: a backend that cannot run here, or cannot do what the grid asks.
     """
     config = transformer_config(cfg, shape, grid, deterministic)
-    attention_name, attend = backends.attention(cfg.attention, grid.device, deterministic)
-    column, row = backends.linears(cfg.linear)
+    attention_name, attend = backends.attention(cfg.attention, grid.device, DTYPES[cfg.dtype], deterministic)
+    column, row = backends.linears(cfg.linear, grid.device)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

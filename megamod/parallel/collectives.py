@@ -8,11 +8,17 @@ Two rules, and the wrong one gives an exact loss with wrong gradients:
   them is differentiated truthfully, so the backward of a sum is a sum. `all_sum` follows this rule.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from megamod.errors import MegamodError
+
+T = TypeVar("T")
 
 
 class _AllSum(torch.autograd.Function):
@@ -49,3 +55,27 @@ def sum_row_gradients(param: nn.Parameter, first: int, group: dist.ProcessGroup)
         return grad
 
     param.register_hook(add_up)
+
+
+def together(step: Callable[[], T], *, acts: bool = True) -> T | None:
+    """Take `step` on the ranks of the world that act in it; if it fails on one, raise its fault on all, so that none waits.
+
+    Raises:
+        MegamodError: the fault of the first rank that has one: its own, or what an operating-system error means.
+    """
+    result, fault = None, None
+    try:
+        if acts:
+            result = step()
+    except MegamodError as error:
+        fault = str(error)
+    except (OSError, SafetensorError) as error:
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        fault = f"{where}rank {dist.get_rank()}: {text}"
+    faults: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    first = next((f for f in faults if f is not None), None)
+    if first is not None:
+        raise MegamodError(first)
+    return result

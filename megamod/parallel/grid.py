@@ -40,6 +40,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
+    """This rank's place among all, and who shares what with it."""
+
     rank: int
     world: int
     tp: Axis  # tensor parallelism
@@ -217,7 +219,7 @@ def start(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.devi
         layers_per_stage=split,
         device=device,
         groups=groups,
-        kv_copies=_kv_copies(cfg.tp, shape.kv_heads, world),
+        kv_copies=_kv_copies(cfg.tp, shape.kv_heads, world, cfg.timeout_minutes),
     )
 
 
@@ -245,7 +247,7 @@ def started(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.de
         stop()
 
 
-def _kv_copies(tp: int, kv_heads: int, world: int) -> dist.ProcessGroup | None:
+def _kv_copies(tp: int, kv_heads: int, world: int, timeout_minutes: int) -> dist.ProcessGroup | None:
     """This rank's group of `tp / kv_heads` neighbours that hold one kv head. Every rank of the world makes every group."""
     copies = tp // kv_heads
     if copies <= 1:
@@ -253,7 +255,7 @@ def _kv_copies(tp: int, kv_heads: int, world: int) -> dist.ProcessGroup | None:
     mine = None
     for first in range(0, world, copies):
         ranks = list(range(first, first + copies))
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes))
         if dist.get_rank() in ranks:
             mine = group
     return mine
@@ -262,7 +264,10 @@ def _kv_copies(tp: int, kv_heads: int, world: int) -> dist.ProcessGroup | None:
 def _own_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise MegamodError(f"rank {local} of this node has no GPU: {count} are visible; launch {count} ranks a node (NPROC={count})")
+    device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megamod.errors import MegamodError, listed
-from megamod.files import sync
+from megamod.files import finish, sync
 from megamod.model.shape import Shape, both_spellings, read_config, read_shape
+from megamod.parallel.collectives import together
 from megamod.parallel.grid import Grid
 from megamod.weights.load import INDEX
 from megamod.weights.table import Piece, hf_shapes, placed
@@ -65,15 +66,30 @@ def export(
     shards = _deal(stage, grid.tp.size, dtype.itemsize, shard_bytes)
     try:
         # Where it fails, the others learn of it: each step ends with all ranks agreed that it is done, or with the same error.
-        _together(grid.rank == 0, lambda: _prepare(shape, Path(source), target, draft, dtype), target)
+        together(lambda: _prepare(shape, Path(source), target, draft, dtype), acts=grid.rank == 0)
         files = _name_files(shards[grid.tp.rank] if grid.dp_cp.rank == 0 else [], shape, grid)
-        _together(grid.dp_cp.rank == 0, lambda: _write_shards(stage, shards, files[grid.rank], draft, grid, dtype), target)
-        _together(grid.rank == 0, lambda: _finish(files, shape, draft, target, dtype), target)
+        together(lambda: _write_shards(stage, shards, files[grid.rank], draft, grid, dtype), acts=grid.dp_cp.rank == 0)
+        together(lambda: _finish(files, shape, draft, target, dtype), acts=grid.rank == 0)
     except MegamodError:
         if grid.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
     return Path(directory)
+
+
+def check(shape: Shape, source: str | Path, target: str | Path) -> None:
+    """Refuse an export that cannot succeed; cheap, so a run asks before its first step.
+
+    Raises:
+        MegamodError: a target that holds something, or a source that is not there or describes another model.
+    """
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise MegamodError(f"{target}: exists and is not an empty directory; export to a new one, or remove it")
+    found = read_shape(source)
+    differ = [f.name for f in fields(Shape) if getattr(found, f.name) != getattr(shape, f.name)]
+    if differ:
+        raise MegamodError(f"{source}: config.json describes another model than the one to export: its {listed(differ)} differ")
 
 
 def _stage(chunks: Sequence[nn.Module], shape: Shape, tp: int) -> Stage:
@@ -125,12 +141,7 @@ def _name_files(own: Sequence[Sequence[str]], shape: Shape, grid: Grid) -> list[
 
 def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype) -> None:
     """Rank 0, first: refuse what cannot succeed, then begin the draft with all but the weights."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise MegamodError(f"{target}: exists and is not an empty directory; export to a new one, or remove it")
-    found = read_shape(source)
-    differ = [f.name for f in fields(Shape) if getattr(found, f.name) != getattr(shape, f.name)]
-    if differ:
-        raise MegamodError(f"{source}: config.json describes another model than the one to export: its {listed(differ)} differ")
+    check(shape, source, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if draft.exists():  # left by an export that was killed
         shutil.rmtree(draft)
@@ -159,7 +170,8 @@ def _write_shards(
         shard[name] = tensor
         if name in last:
             try:
-                _save(shard, draft / last[name], draft)
+                save_file(shard, draft / last[name], metadata={"format": "pt"})
+                finish(draft / last[name])
             except (OSError, SafetensorError) as error:
                 fault = error
             shard = {}
@@ -189,12 +201,6 @@ def _gather(held: Sequence[tuple[int, nn.Parameter, Piece]], writer: int, grid: 
     return whole
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path, draft: Path) -> None:
-    save_file(dict(tensors), file, metadata={"format": "pt"})
-    file.chmod((draft / "config.json").stat().st_mode)  # safetensors leaves 0600; config.json has what the umask gives
-    sync(file)
-
-
 def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: Path, target: Path, dtype: torch.dtype) -> None:
     """Rank 0, last: the index, and the directory's name."""
     where = {name: file for own in files for file, names in own.items() for name in names}
@@ -203,27 +209,6 @@ def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: P
     sync(draft)
     os.rename(draft, target)
     sync(target.parent)
-
-
-def _together(acts: bool, step: Callable[[], None], where: Path) -> None:
-    """Take `step` on the ranks that act in it; where it failed on one, raise its fault on all.
-
-    Raises:
-        MegamodError: the fault of the first rank that has one.
-    """
-    fault = None
-    try:
-        if acts:
-            step()
-    except MegamodError as error:
-        fault = str(error)
-    except (OSError, SafetensorError) as error:
-        fault = f"{where}: rank {dist.get_rank()} cannot write it: {' '.join(str(error).split())}"
-    faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    first = next((f for f in faults if f is not None), None)
-    if first is not None:
-        raise MegamodError(first)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ row range of one parameter, and a box of the tensor. Loading copies box → rows
 the gradient norm and the checkpoint walk the same pieces. A new family's tensors are new rows of `table`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,8 +217,3 @@ def zero_padding(item: Placed) -> None:
     end = max((piece.row + piece.size[0] for piece in item.pieces), default=0)
     with torch.no_grad():
         item.param[end:].zero_()
-
-
-def by_owner(items: Sequence[Placed]) -> Mapping[str, tuple[Placed, Piece]]:
-    """Hugging Face name → where this rank owns a share of it."""
-    return {piece.hf: (item, piece) for item in items for piece in item.pieces if piece.owned}
