@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from megamod import files
 from megamod.config import LogConfig, RunConfig, as_json
 
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the device's name.
@@ -103,7 +104,7 @@ def _forget_after(file: Path, step: int) -> None:
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]  # the last may be cut short
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    files.replace_text(file, "".join(line + "\n" for line in kept))
 
 
 def _known_peak(device: torch.device) -> float | None:

@@ -191,6 +191,16 @@ def test_a_resumed_run_goes_on_in_the_same_files(tmp_path: Path, clock: Clock) -
     assert scalars(tmp_path)["loss"] == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0}, "in TensorBoard too"
 
 
+def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    log = start(tmp_path, first=1)
+    clock.now += 1.0
+    log.step(2, {"loss": 2.0}, tokens=1, flops=1.0)
+    log.close()
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 1.0), (2, 2.0)]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 # ---- what MFU is made of
 
 

@@ -56,7 +56,8 @@ def attention(name: str, device: torch.device, dtype: torch.dtype, deterministic
         except MegamodError:
             return "varlen_attn", _varlen_attn()
     if not fused:
-        raise MegamodError(f"model.attention = {name!r} needs a GPU and bfloat16, not {device.type} and {dtype}: use 'auto' or 'reference'")
+        here = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+        raise MegamodError(f"model.attention = {name!r} needs a GPU and bfloat16, this is {here}: use 'auto' or 'reference'")
     return name, _flash_attn(deterministic) if name == "flash_attn" else _varlen_attn()
 
 
