@@ -169,7 +169,12 @@ IMPOSSIBLE = [
         (4, "1"),
         "optim.no_decay: 'embedd' matches no tensor; names look like model.layers.0.input_layernorm.weight",
     ),
-    ("tiny", ("model.attention=flash_attn",), (4, "0"), "model.attention = 'flash_attn' needs a GPU and bfloat16, this is meta in float32: use 'auto' or 'reference'"),
+    (
+        "tiny",
+        ("model.attention=flash_attn",),
+        (4, "0"),
+        "model.attention = 'flash_attn' needs a GPU and bfloat16, this is meta in float32: use 'auto' or 'reference'",
+    ),
 ]
 
 
