@@ -5,19 +5,18 @@ import functools
 import json
 import sys
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from complaints import complaint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megamod import config, losses
 from megamod.config import RunConfig, load
-from megamod.errors import MegamodError
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = """\
@@ -66,14 +65,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("full"), FULL)
-
-
-def complaint(call: Callable[[], Any]) -> str:
-    with pytest.raises(MegamodError) as caught:
-        call()
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1
-    return text
 
 
 def value_at(cfg: Any, key: str) -> Any:

@@ -1,7 +1,6 @@
 """Which grids a model can be cut for, what is named instead of those it cannot, and where ranks lie on the ones it can."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch.distributed as dist
+from complaints import complaint
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -21,14 +21,6 @@ from megamod.parallel.grid import check, check_rows, kv_repeats, started
 
 BASE = tiny.shape("qwen2")  # 4 layers, 8 heads, 4 kv heads, ffn 48
 QUICK = settings(max_examples=300, deadline=None)
-
-
-def complaint(call: Callable[[], Any]) -> str:
-    with pytest.raises(MegamodError) as caught:
-        call()
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1
-    return text
 
 
 def named(text: str) -> list[int]:

@@ -17,6 +17,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from complaints import complaint
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -446,15 +447,6 @@ def test_overlap_agrees_with_masks(data: st.DataObject) -> None:
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------------
-
-
-def complaint(action: Callable[[], Any]) -> str:
-    """The one line of the MegamodError that `action` raises."""
-    with pytest.raises(MegamodError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.fixture
