@@ -17,10 +17,15 @@ setup(
         "safetensors==0.8.0",
         "sentencepiece==0.2.3",
         "numpy>=2.2,<2.5",
+        "scikit-learn>=1.7,<1.10",
+        "matplotlib>=3.10,<3.12",
+        "jinja2==3.1.6",
+        "rich==15.0.0",
         "tensorboard==2.21.0",
         "tqdm==4.70.1",
     ],
     extras_require={
+        "gguf": ["gguf==0.19.0"],  # tools/real_weights.py
         "cuda": ["transformer-engine[pytorch]", "flash-attn", "triton"],
         "test": [
             "pytest==9.2.0",

@@ -106,6 +106,16 @@ def latest(directory: str | Path) -> Path | None:
     return root / name
 
 
+def at(directory: str | Path, step: int) -> Path:
+    """The whole checkpoint after step `step`; the newer of two. Raises MegamodError where there is none."""
+    usual = f"step-{step:08d}"
+    found = [Path(directory) / name / "manifest.json" for name in (usual, f"{usual}-again")]
+    found = [file for file in found if file.is_file()]
+    if not found:
+        raise MegamodError(f"{Path(directory) / usual}: no checkpoint is there, and it was the best")
+    return max(found, key=lambda file: file.stat().st_mtime_ns).parent
+
+
 def read_about(path: str | Path) -> tuple[int, dict[str, Any]]:
     """The step that the checkpoint at `path` was saved after, and its `about`. Raises MegamodError for a damaged manifest."""
     manifest = _manifest(Path(path))
@@ -127,6 +137,45 @@ def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]
     together(lambda: _fill(path, manifest, optimizer))
     optimizer.restore(manifest["updates"])
     return manifest["step"], manifest["about"]
+
+
+def remove(path: str | Path) -> None:
+    """Remove the checkpoint at `path`; without its manifest first, so that what is left of a kill is none."""
+    (Path(path) / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class Masters:
+    """A checkpoint's fp32 master weights as a Source of weights.load: a run's state as a model, without an export.
+
+    Raises:
+        MegamodError: damaged, or of another format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._opened = Path(path), dict[str, Any]()
+        manifest = _manifest(self._path)
+        self.about: dict[str, Any] = manifest["about"]
+        self._tensors: Mapping[str, dict[str, Any]] = manifest["tensors"]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the tensors, by Hugging Face name."""
+        return {name: tuple(tensor["shape"]) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        """The box of `size` at `offset` of a tensor."""
+        box = (tuple(offset), tuple(size))
+        result, filled = torch.empty(*size), 0
+        for entry in self._tensors[name]["pieces"]:
+            common = overlap(box, (tuple(entry["offset"]), tuple(entry["size"]))) if entry["kind"] == "master" else None
+            if common is not None:
+                part = _read(self._path, entry, self._opened).view(entry["size"])[common[1]]
+                result = result.to(part.dtype)
+                result[common[0]] = part
+                filled += part.numel()
+        if filled != result.numel():
+            raise MegamodError(f"{self._path}: {name}: {filled} of {result.numel()} elements at {tuple(offset)} are stored")
+        return result
 
 
 def _fill(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:

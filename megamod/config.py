@@ -16,19 +16,21 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megamod import losses
 from megamod.errors import MegamodError, nearest
+from megamod.verdicts import Format, format_of
 
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "flash_attn", "varlen_attn", "reference"]
 Linear = Literal["megatron", "transformer_engine"]
 Dtype = Literal["bfloat16", "float32", "float64"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
+Scoring = Literal["whole", "first_token"]  # of label strings: all their tokens, or those that tell them apart
 T = TypeVar("T")
 
 
@@ -70,13 +72,53 @@ class SyntheticData:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of several files that are mixed."""
+
+    path: str
+    weight: float = 1.0  # how often each of its documents is seen in an epoch; of a fraction, a part of them drawn once
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How conversations become tokens."""
+
+    format: str | Format = "qwen3guard"  # of verdicts: a name in verdicts.FORMATS, or one of your own
+    reasons: bool = True  # whether the rows' reasons are part of the verdict
+    controversial: Literal["keep", "safe", "unsafe"] = "keep"  # what a controversial row is trained as
+    turns: Literal["each", "last"] = "each"  # of rows without label: which assistant turns are trained
+    too_long: Literal["skip", "cut", "error"] = "skip"  # a document longer than a row; cut: the end of its longest message
+    tokenizer: str | None = None  # a Hugging Face directory; None: model.path
+    template: str | None = None  # a Jinja file; None: the tokenizer's own chat template
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)  # what the template asks for, such as enable_thinking
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it is cut into rows and batches."""
 
-    train: str | SyntheticData  # a JSONL file of tokenised documents (data/documents.py), or made-up ones
+    # JSONL of conversations (data/jsonl.py) or of tokenised documents (data/documents.py), a store that tools/prepare_data.py
+    # made of either, several of these, or made-up documents.
+    train: str | tuple[Source, ...] | SyntheticData
+    chat: ChatConfig = field(default_factory=ChatConfig)
     row_length: int = 4096  # tokens in a packed row
     rows_per_step: int = 8  # rows in a global batch
     rows_per_micro_batch: int = 1
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation during training: labelled conversations are judged, and the best step is kept."""
+
+    data: str  # JSONL of conversations with labels
+    every: int | None = None  # steps between validations; None: only after the last step
+    limit: int | None = None  # rows, drawn once from the seed; None: all
+    scoring: Scoring = "whole"
+    decode: int = 0  # of how many rows the verdict is decoded too, for categories and the parse rate
+    max_new_tokens: int = 128
+    metric: str = "macro_f1"  # the larger the better; a path into the metrics, such as strict.auroc
+    keep_best: bool = True  # export the step with the best metric, not the last one
+    patience: int | None = None  # stop after so many validations without a better one; None: never
 
 
 @dataclass(frozen=True)
@@ -127,6 +169,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig | None = None
     seed: int = 1
     deterministic: bool = False  # bitwise the same from run to run on the same grid
 
@@ -146,13 +189,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     cfg = _guarded(path, made)
     if not isinstance(cfg, RunConfig):
         raise MegamodError(f"{path}: config() returned {type(cfg).__name__}, not RunConfig")
-    for item in overrides:
+    cfg = override(cfg, overrides)
+    check(cfg)
+    return cfg
+
+
+def override(node: T, items: Sequence[str]) -> T:
+    """`node`, a dataclass, with `owner.key=value` items applied. Raises MegamodError for an unknown key or a wrong type."""
+    for item in items:
         key, equals, text = item.partition("=")
         if not equals:
             raise MegamodError(f"override {item!r}: write it as owner.key=value, such as optim.lr=3e-6")
-        cfg = _replace(cfg, key.split("."), text, key)
-    check(cfg)
-    return cfg
+        node = _replace(node, key.split("."), text, key)
+    return node
 
 
 def _run_file(path: Path) -> dict[str, Any]:
@@ -201,7 +250,17 @@ def check(cfg: RunConfig) -> None:
         (p.vpp > 1 and p.pp == 1, "parallel.vpp", "parallel.pp is 1"),
         (p.layers_per_stage is not None and p.pp == 1, "parallel.layers_per_stage", "parallel.pp is 1"),
         (bool(o.no_decay) and o.weight_decay == 0, "optim.no_decay", "optim.weight_decay is 0"),
+        (
+            cfg.data.chat != ChatConfig() and isinstance(cfg.data.train, SyntheticData) and cfg.eval is None,
+            "data.chat",
+            "data.train is made up, and there is no eval",
+        ),
     ]  # fmt: skip
+    if (e := cfg.eval) is not None:
+        unused += [
+            (e.patience is not None and e.every is None, "eval.patience", "eval.every is None"),
+            (e.max_new_tokens != EvalConfig.max_new_tokens and not e.decode, "eval.max_new_tokens", "eval.decode is 0"),
+        ]
     for is_unused, key, why in unused:
         if is_unused:
             raise MegamodError(f"{key} would not be read: {why}")
@@ -225,6 +284,10 @@ def check(cfg: RunConfig) -> None:
         ("optim.eps", o.eps, 0), ("parallel.timeout_minutes", p.timeout_minutes, 1),
         *((f"parallel.{n}", getattr(p, n), 1) for n in ("tp", "pp", "vpp", "cp")),
     ]  # fmt: skip
+    if e is not None:
+        least += [(f"eval.{n}", getattr(e, n), 1) for n in ("every", "limit", "patience", "max_new_tokens")] + [
+            ("eval.decode", e.decode, 0)
+        ]
     for key, value, bound in least:
         if value is not None and not value >= bound:
             raise MegamodError(f"{key} = {value}: must be at least {bound}")
@@ -233,6 +296,13 @@ def check(cfg: RunConfig) -> None:
             raise MegamodError(f"{key} = {value}: must be above 0")
     if not all(0 <= beta < 1 for beta in o.betas):
         raise MegamodError(f"optim.betas = {o.betas}: each must be at least 0 and below 1")
+    format_of(cfg.data.chat.format)
+    if isinstance(cfg.data.train, tuple):
+        if not cfg.data.train:
+            raise MegamodError("data.train is empty: at least one Source was expected")
+        for i, source in enumerate(cfg.data.train):
+            if not source.weight > 0:
+                raise MegamodError(f"data.train[{i}].weight = {source.weight}: must be above 0")
     for pattern in o.no_decay:
         try:
             re.compile(pattern)
@@ -278,6 +348,8 @@ def as_json(value: Any) -> Any:
         return f"{value.__module__}:{_name(value)}"
     if isinstance(value, tuple | list):
         return [as_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
     return value if isinstance(value, str | int | float | None) else repr(value)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from megamod.config import LogConfig, RunConfig, as_json
 
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss's unit
 PACKAGES = ("torch", "megatron-core", "transformers", "triton", "flash-attn", "transformer-engine")
 
 
@@ -65,10 +67,25 @@ class Log:
             record["mfu"] = self._flops / seconds / self.world / (self.peak * 1e12)
         if self.device.type == "cuda":
             record["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        else:
+            record["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 2**30
         self._tokens, self._flops, self._since = 0, 0.0, 0
         eta = (now - self._began) / max(1, number - self._first) * (self.steps - number)
         print(f"step {number}/{self.steps} · {_line(record)} · ETA {timedelta(seconds=round(eta))}", flush=True)
-        # JSON has no NaN and no infinity: such a number is null there; the line above and TensorBoard say which it is.
+        self._keep(number, record)
+
+    def validation(self, number: int, values: Mapping[str, float | None]) -> None:
+        """After a validation that follows step `number`: what it found, by name. Its time counts as no step's."""
+        if not self.active:
+            return
+        known = {f"eval/{name}": value for name, value in values.items() if value is not None}
+        seconds, self._last = time.perf_counter() - self._last, time.perf_counter()
+        found = " · ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in known.items())
+        print(f"validation after step {number} · {found} · {seconds:.1f} s", flush=True)
+        self._keep(number, known)
+
+    def _keep(self, number: int, record: Mapping[str, float]) -> None:
+        # JSON has no NaN and no infinity: such a number is null there; the printed line and TensorBoard say which it is.
         finite = {name: x if math.isfinite(x) else None for name, x in record.items()}
         self._metrics.write(json.dumps({"step": number, **finite}, allow_nan=False) + "\n")
         self._metrics.flush()

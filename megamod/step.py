@@ -7,6 +7,7 @@ the last stage the function it returns. That function makes a Head of the hidden
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,24 +20,32 @@ from megamod.batch import UNITS, Batch, Mean
 from megamod.errors import MegamodError
 from megamod.losses import Loss, LossFunction
 from megamod.model.build import Decoder
+from megamod.model.head import Head
 from megamod.parallel.grid import Grid
 
 Metrics = dict[str, Mean]
-# what a schedule collects of a micro-batch on the last stage: an objective for backward, and metrics
-OnLastStage = Callable[[Tensor], tuple[Tensor, Tensor, Metrics]]
+# what a schedule takes of a micro-batch on the last stage: an objective for backward, megatron-core's count, and what to keep
+Kept = TypeVar("Kept")
+OnLastStage = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
+Ask = Callable[[Head, Batch], tuple[Tensor, Kept]]  # an objective, and what to keep
 
 
-def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module, *, grid: Grid, loss: LossFunction) -> tuple[Tensor, OnLastStage]:
+def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module, *, grid: Grid, ask: Ask[Any]) -> tuple[Tensor, OnLastStage]:
     """megatron-core's forward step: the next micro-batch through one chunk, and what to do with the last one's output."""
     batch = next(batches).slice(grid.cp.rank, grid.cp.size, grid.cp.group).to(grid.device)
-    return chunk(batch), partial(_objective, chunk=chunk, batch=batch, loss=loss)
+    return chunk(batch), partial(_on_last_stage, chunk=chunk, batch=batch, ask=ask)
 
 
-def _objective(hidden: Tensor, *, chunk: torch.nn.Module, batch: Batch, loss: LossFunction) -> tuple[Tensor, Tensor, Metrics]:
-    value, metrics = _checked(loss(_bare(chunk).head(hidden, batch), batch))
-    share = Mean(value.detach(), torch.zeros_like(value))  # already divided: its count of 1 is added once, in `_totalled`
+def _on_last_stage(hidden: Tensor, *, chunk: torch.nn.Module, batch: Batch, ask: Ask[Any]) -> tuple[Tensor, Tensor, Any]:
+    objective, kept = ask(_bare(chunk).head(hidden, batch), batch)
     no_tokens = torch.zeros((), dtype=torch.int, device=hidden.device)  # megatron-core counts none: batch.mean has
-    return value, no_tokens, {"loss": share, **metrics}
+    return objective, no_tokens, kept
+
+
+def _objective(head: Head, batch: Batch, *, loss: LossFunction) -> tuple[Tensor, Metrics]:
+    value, metrics = _checked(loss(head, batch))
+    share = Mean(value.detach(), torch.zeros_like(value))  # already divided: its count of 1 is added once, in `_totalled`
+    return value, {"loss": share, **metrics}
 
 
 def _checked(result: Loss) -> Loss:
@@ -68,7 +77,7 @@ def train_step(
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    return _run(chunks, batches, loss, grid, forward_only=False)
+    return _metrics(chunks, batches, loss, grid, forward_only=False)
 
 
 @torch.no_grad()
@@ -78,17 +87,51 @@ def eval_step(
     """The same metrics without gradients."""
     for chunk in chunks:
         chunk.eval()
-    return _run(chunks, batches, loss, grid, forward_only=True)
+    return _metrics(chunks, batches, loss, grid, forward_only=True)
 
 
-def _run(
+@torch.no_grad()
+def collect(
+    chunks: Sequence[DistributedDataParallel | Decoder], batches: Sequence[Batch], ask: Callable[[Head, Batch], Tensor], grid: Grid
+) -> list[Tensor]:
+    """Ask the head about micro-batches, forward only, dropout off: what references, batch statistics and verdicts come from.
+
+    Args:
+        chunks: the rank's model chunks, bare or wrapped.
+        batches: as in `train_step`; their `rows` ascend.
+        ask: gives `[N, …]`, one entry for each labelled position of the batch that it is handed.
+
+    Returns:
+        On the last stage `ask`'s answers for each micro-batch, on the CPU, in the order of the whole batch's `rows`, the same on
+        every rank of tp and cp; an empty list elsewhere.
+    """
+    for chunk in chunks:
+        chunk.eval()
+
+    def asked(head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
+        return torch.zeros((), device=batch.tokens.device), ask(head, batch).cpu()
+
+    answers: list[Tensor] = _run(chunks, batches, asked, grid, forward_only=True)
+    if not grid.is_last_stage or grid.cp.size == 1:
+        return answers
+    shares: list[Any] = [None] * grid.cp.size  # a rank's positions follow those of the rank before it
+    dist.all_gather_object(shares, answers, group=grid.cp.group)
+    return [torch.cat(parts) for parts in zip(*shares, strict=True)]
+
+
+def _metrics(
     chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], loss: LossFunction, grid: Grid, *, forward_only: bool
 ) -> dict[str, float | Tensor]:
-    batches = with_totals(batches, grid)
+    collected = _run(chunks, with_totals(batches, grid), partial(_objective, loss=loss), grid, forward_only=forward_only)
+    return _totalled(collected, grid) if grid.is_last_stage else {}
+
+
+def _run(chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], ask: Ask[Kept], grid: Grid, *, forward_only: bool) -> list[Kept]:
+    """The micro-batches through megatron-core's schedule; on the last stage, what `ask` keeps of each."""
     schedule = get_forward_backward_func(pp_size=grid.pp.size, vp_size=grid.vpp if grid.vpp > 1 else None)
     iterators = [iter(batches) for _ in chunks]  # each chunk sees every micro-batch
-    collected: list[Metrics] = schedule(
-        forward_step_func=partial(forward_step, grid=grid, loss=loss),
+    collected: list[Kept] = schedule(
+        forward_step_func=partial(forward_step, grid=grid, ask=ask),
         data_iterator=iterators,
         model=list(chunks),
         num_microbatches=len(batches),
@@ -98,7 +141,7 @@ def _run(
         p2p_communicator=P2PCommunicator(grid.pp.group, _bare(chunks[0]).config),
         pg_collection=grid.groups,
     )
-    return _totalled(collected, grid) if grid.is_last_stage else {}
+    return collected
 
 
 def with_totals(batches: Sequence[Batch], grid: Grid) -> list[Batch]:

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m megamod.train configs/tiny.py parallel.tp=2
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,14 +14,17 @@ import torch
 
 from megamod import checkpoint, config, optim
 from megamod.config import RunConfig
-from megamod.data.loader import Loader, load_documents
+from megamod.data import chat
+from megamod.data.loader import Loader
+from megamod.data.store import open_documents, prepare_all
 from megamod.errors import MegamodError
+from megamod.evaluate.validation import Validation, labelled_rows
 from megamod.log import Log, record_run
 from megamod.model.build import build, data_parallel
 from megamod.model.shape import Shape, read_shape
 from megamod.optim import Optimizer, learning_rate
 from megamod.parallel import grid as grids
-from megamod.parallel.collectives import together
+from megamod.parallel.collectives import on_first, together
 from megamod.step import train_step
 from megamod.weights.export import check as check_export
 from megamod.weights.export import export
@@ -40,27 +44,30 @@ def train(cfg: RunConfig) -> Path:
     grids.check_rows(cfg, shape, grid.world)
     optim.check(cfg.optim, shape)
     directory = Path(cfg.dir)
-    checkpoints, hf = directory / "checkpoints", directory / "hf" / f"step-{cfg.steps:08d}"
+    checkpoints, hf = directory / "checkpoints", directory / "hf"
+    together(lambda: directory.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
+    together(lambda: _see(directory))
 
     d = cfg.data
-    documents = load_documents(d, shape.vocab, cfg.seed)
+    stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data"))
+    documents = together(lambda: open_documents(d, [store.path for store in stores], shape.vocab, cfg.seed))
+    assert documents is not None
     loader = Loader(
         documents, row_length=d.row_length, rows_per_step=d.rows_per_step, rows_per_micro_batch=d.rows_per_micro_batch,
         seed=cfg.seed, dp_rank=grid.dp.rank, dp_size=grid.dp.size,
     )  # fmt: skip
     # What must be the same for a resumed run to go on with the same model, and to see the rows that the first would have seen.
     identity = {
-        "shape": config.as_json(shape), "model.path": cfg.model.path, "data": loader.fingerprint(), "data.row_length": d.row_length,
-        "data.rows_per_step": d.rows_per_step, "seed": cfg.seed,
+        "shape": config.as_json(shape), "model.path": cfg.model.path, "data": documents.fingerprint(),
+        "data.chat": config.as_json(d.chat), "data.row_length": d.row_length, "data.rows_per_step": d.rows_per_step, "seed": cfg.seed,
     }  # fmt: skip
     newest = checkpoint.latest(checkpoints) if cfg.checkpoint.resume == "auto" else None
-    done = _steps_done(newest, identity, cfg.steps)
+    done = first = _steps_done(newest, identity, cfg.steps)
+    validation = together(lambda: _validation(cfg, directory, done))
 
     chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
-    if cfg.checkpoint.export and done < cfg.steps:
-        check_export(shape, cfg.model.path, hf)
-    together(lambda: directory.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
-    together(lambda: _see(directory))
+    if cfg.checkpoint.export and first < cfg.steps:
+        _check_exports(shape, cfg, hf, first)
     items = together(lambda: load(chunks, shape, grid, weights_of(cfg, shape), where=cfg.model.path))
     assert items is not None
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
@@ -68,33 +75,74 @@ def train(cfg: RunConfig) -> Path:
     if newest is not None:
         checkpoint.resume(newest, optimizer)
 
-    log = Log(cfg.log, directory, cfg.steps, done, grid.world, grid.device, active=grid.reports)
+    log = Log(cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports)
     if grid.rank == 0:
         record_run(cfg, directory, {"grid": str(grid), "backends": backends, "parameters": shape.parameters(), "identity": identity})
     chosen = " · ".join(f"{question} {answer}" for question, answer in backends.items())
     log.say(f"{shape.family} {shape.parameters() / 1e9:.3f}B · {grid} · {grid.device.type} · {chosen}")
+    for store in stores:
+        log.say(str(store))
     log.say(f"{loader.rows} rows of {d.row_length} tokens, {loader.utilisation:.1%} filled")
-    if not any(document.verdict.any() for document in documents):
+    if not documents.verdicts:
         log.say("no document marks verdict tokens: a loss that weighs them has none to weigh")
     if newest is not None:
-        log.say(f"resumed after step {done} from {newest}")
+        log.say(f"resumed after step {first} from {newest}")
 
-    for step in range(done, cfg.steps):
-        batches = loader.step(step)
+    while done < cfg.steps and not (validation is not None and validation.has_converged):
+        batches = loader.step(done)
         metrics = train_step(wrapped, batches, cfg.loss, grid)
-        lr = learning_rate(cfg.optim, step, cfg.steps)
+        lr = learning_rate(cfg.optim, done, cfg.steps)
         update = optimizer.step(lr)
+        done += 1
         flops = 3 * grid.dp.size * sum(shape.flops(b.lengths, len(b.labels)) for b in batches)
         values = {**metrics, "lr": lr, "grad_norm": update.grad_norm, **({"skipped": 1.0} if update.skipped else {})}
-        log.step(step + 1, values, tokens=d.rows_per_step * d.row_length, flops=flops)
-        if (cfg.checkpoint.every and (step + 1) % cfg.checkpoint.every == 0) or step + 1 == cfg.steps:
-            path = checkpoint.save(checkpoints, step + 1, optimizer, grid, identity)
-            log.say(f"saved {path}")
+        log.step(done, values, tokens=d.rows_per_step * d.row_length, flops=flops)
+        if validation is not None and validation.is_due(done):
+            log.validation(done, validation.run(done, chunks, grid, d.row_length))
+        ends = done == cfg.steps or (validation is not None and validation.has_converged)
+        if ends or _is_scheduled(cfg, done) or (validation is not None and validation.keeps(done)):
+            log.say(f"saved {checkpoint.save(checkpoints, done, optimizer, grid, identity)}")
+            together(partial(_forget_beaten, cfg, checkpoints, validation, done), acts=grid.rank == 0)
 
-    if cfg.checkpoint.export and done < cfg.steps:  # else the run had ended before, and was only asked again
-        log.say(f"exported {export(chunks, shape, grid, hf, source=cfg.model.path)}")
+    if cfg.checkpoint.export:
+        step = done
+        if validation is not None and validation.keeps(validation.best):
+            step = validation.best or done
+        target = hf / f"step-{step:08d}"
+        if not target.exists():  # else the run had ended before, and was only asked again
+            if step != done:
+                log.say(f"the best step is {step}")
+                checkpoint.resume(checkpoint.at(checkpoints, step), optimizer)
+            texts = chat.companions(d.chat)
+            exported = export(chunks, shape, grid, target, source=cfg.model.path, companions=d.chat.tokenizer, texts=texts)
+            log.say(f"exported {exported}")
     log.close()
     return directory
+
+
+def _is_scheduled(cfg: RunConfig, step: int) -> bool:
+    return cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
+
+
+def _validation(cfg: RunConfig, directory: Path, done: int) -> Validation | None:
+    if cfg.eval is None:
+        return None
+    encoder = chat.encoder(cfg.data.chat, cfg.model.path, cfg.data.row_length)
+    return Validation(cfg.eval, labelled_rows(cfg.eval, cfg.seed), encoder, directory, done, cfg.steps)
+
+
+def _forget_beaten(cfg: RunConfig, checkpoints: Path, validation: Validation | None, step: int) -> None:
+    """The checkpoint that was kept for being the best, once another is, unless the schedule keeps it."""
+    beaten = validation.beaten if validation is not None and validation.keeps(step) else None
+    if beaten is not None and not _is_scheduled(cfg, beaten):
+        checkpoint.remove(checkpoint.at(checkpoints, beaten))
+
+
+def _check_exports(shape: Shape, cfg: RunConfig, hf: Path, first: int) -> None:
+    """Refuse, before the first step, what would stop the export after the last: whichever step is exported then."""
+    in_the_way = [old for old in sorted(hf.glob("step-*")) if old.name[5:].isdecimal() and int(old.name[5:]) > first]
+    for target in (*in_the_way, hf / f"step-{cfg.steps:08d}"):
+        check_export(shape, cfg.model.path, target)
 
 
 def _see(directory: Path) -> None:

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamod.batch import Batch
-from megamod.config import DataConfig, SyntheticData
-from megamod.data.documents import Document, read_jsonl, synthetic
-from megamod.data.loader import Loader, load_documents
+from megamod.config import ChatConfig, DataConfig, Source, SyntheticData
+from megamod.data.documents import Document, InMemory, synthetic
+from megamod.data.loader import Loader
 from megamod.data.packing import micro_batch, pack
+from megamod.data.store import Store, open_documents, prepare, prepare_all
 from megamod.errors import MegamodError
 
 VOCAB = 61
@@ -80,7 +81,8 @@ def test_pack_leaves_no_room_when_there_are_short_documents() -> None:
 
 
 def synthetic_lengths(cfg: SyntheticData, longest: int) -> list[int]:
-    return [len(d.tokens) for d in synthetic(cfg, VOCAB, longest, seed=3)]
+    lengths: list[int] = synthetic(cfg, VOCAB, longest, seed=3).lengths.tolist()
+    return lengths
 
 
 def test_pack_names_a_document_longer_than_a_row() -> None:
@@ -168,7 +170,8 @@ def numbered(count: int) -> list[Document]:
 
 
 def loader(items: Sequence[Document], *, step: int = 4, micro: int = 1, rank: int = 0, size: int = 1, seed: int = 1) -> Loader:
-    return Loader(items, row_length=8, rows_per_step=step, rows_per_micro_batch=micro, seed=seed, dp_rank=rank, dp_size=size)
+    documents = InMemory(items)
+    return Loader(documents, row_length=8, rows_per_step=step, rows_per_micro_batch=micro, seed=seed, dp_rank=rank, dp_size=size)
 
 
 def rows_of(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
@@ -217,10 +220,10 @@ def test_a_step_does_not_depend_on_the_steps_before() -> None:
 
 def test_fingerprint_sees_every_column_and_nothing_else() -> None:
     items = [document([1, 2, 3], [True] * 3, [False] * 3), document([4, 5], [True] * 2, [False] * 2)]
-    same = loader(items).fingerprint()
-    assert len(same) == 64 and same == loader(items, step=8, micro=2, rank=1, size=2, seed=9).fingerprint()
+    same = InMemory(items).fingerprint()
+    assert len(same) == 64
     wide = [dataclasses.replace(d, tokens=d.tokens.astype(np.int64)) for d in items]
-    assert loader(wide).fingerprint() == same
+    assert InMemory(wide).fingerprint() == same
     first = items[0]
     others = [
         [dataclasses.replace(first, tokens=np.array([1, 2, 9], np.int32)), items[1]],
@@ -231,7 +234,7 @@ def test_fingerprint_sees_every_column_and_nothing_else() -> None:
         items[:1],
         [document([1, 2], [True] * 2, [False] * 2), document([3, 4, 5], [True] * 3, [False] * 3)],
     ]
-    prints = [loader(other).fingerprint() for other in others]
+    prints = [InMemory(other).fingerprint() for other in others]
     assert len({same, *prints}) == len(others) + 1
 
 
@@ -242,7 +245,13 @@ def test_loader_refuses_what_cannot_be_shared() -> None:
         loader([])
 
 
-# ---- read_jsonl
+# ---- tokenised JSONL, through a store
+
+
+def read(path: Path) -> list[Document]:
+    """What a store of the file gives back."""
+    made = prepare(path, path.parent / "stores", ChatConfig(), "no model is needed", vocab=VOCAB)
+    return list(Store(made.path))  # type: ignore[call-overload]
 
 
 def as_line(d: Document) -> str:
@@ -259,17 +268,17 @@ def assert_same(a: Document, b: Document) -> None:
 
 @QUICK
 @given(items=st.lists(documents(), min_size=1, max_size=5), blank=st.sampled_from(["", " \t", "\r"]))
-def test_read_jsonl_gives_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, items: list[Document], blank: str) -> None:
+def test_tokenised_gives_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, items: list[Document], blank: str) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "data.jsonl"
     path.write_text(f"\n{blank}\n".join(map(as_line, items)) + "\n", encoding="utf-8", newline="")
-    for read, written in zip(read_jsonl(path, VOCAB), items, strict=True):
-        assert_same(read, written)
+    for found, written in zip(read(path), items, strict=True):
+        assert_same(found, written)
 
 
-def test_read_jsonl_defaults(tmp_path: Path) -> None:
+def test_tokenised_defaults(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"input_ids": [3, 0, 60]}\r\n{"input_ids": [1, 2], "verdict": [0, 1], "weight": 2}')
-    plain, flagged = read_jsonl(path, VOCAB)
+    plain, flagged = read(path)
     assert_same(plain, document([3, 0, 60], [True] * 3, [False] * 3))
     assert_same(flagged, document([1, 2], [True] * 2, [False, True], 2.0))
 
@@ -283,8 +292,8 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "huge number": ('{"input_ids": [' + "1" * 5000 + "]}", r"not JSON that can be read, "),
     "deep": ("[" * 200_000, r"not JSON that can be read, "),
     "latin-1": ('{"input_ids": [1], "é": 1}'.encode("latin-1"), r"byte 21 of the line is not UTF-8"),
-    "list": ("[1, 2]", r"\[1, 2\]: an object with the keys input_ids, labels, verdict, weight was expected"),
-    "null": ("null", r"None: an object"),
+    "list": ("[1, 2]", r"\[1, 2\]: a JSON object was expected"),
+    "null": ("null", r"None: a JSON object"),
     "misspelt": ('{"input_ids": [1], "lables": [1]}', r"unknown key 'lables', did you mean 'labels'\?"),
     "unknown": ('{"input_ids": [1], "text": "x"}', r"unknown key 'text', choose from: input_ids, labels, verdict, weight"),
     "no ids": ('{"labels": [1]}', r"no input_ids"),
@@ -318,14 +327,14 @@ BAD: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_read_jsonl_says_what_is_wrong_and_where(tmp_path: Path, name: str) -> None:
+def test_tokenised_says_what_is_wrong_and_where(tmp_path: Path, name: str) -> None:
     line, said = BAD[name]
     path = tmp_path / "data.jsonl"
     bad = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(GOOD.encode() + b"\n\n" + bad + b"\n" + GOOD.encode() + b"\n")
     with pytest.raises(MegamodError, match="^" + said) as caught:
         try:
-            read_jsonl(path, VOCAB)
+            read(path)
         except MegamodError as error:
             where, text = f"{path}:3: ", str(error)
             assert text.startswith(where) and "\n" not in text and len(text) < len(where) + 200
@@ -334,17 +343,17 @@ def test_read_jsonl_says_what_is_wrong_and_where(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_read_jsonl_refuses_a_file_without_documents(tmp_path: Path, content: str) -> None:
+def test_tokenised_refuses_a_file_without_documents(tmp_path: Path, content: str) -> None:
     (tmp_path / "data.jsonl").write_text(content)
-    with pytest.raises(MegamodError, match=r"data\.jsonl:1: no documents"):
-        read_jsonl(tmp_path / "data.jsonl", VOCAB)
+    with pytest.raises(MegamodError, match=r"data\.jsonl:1: no rows"):
+        read(tmp_path / "data.jsonl")
 
 
-def test_read_jsonl_refuses_what_is_no_file(tmp_path: Path) -> None:
+def test_tokenised_refuses_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(MegamodError, match=r"nowhere\.jsonl: No such file or directory: a JSONL file"):
-        read_jsonl(tmp_path / "nowhere.jsonl", VOCAB)
+        read(tmp_path / "nowhere.jsonl")
     with pytest.raises(MegamodError, match=r": Is a directory: a JSONL file"):
-        read_jsonl(tmp_path, VOCAB)
+        read(tmp_path)
 
 
 # ---- synthetic, load_documents
@@ -353,9 +362,7 @@ def test_read_jsonl_refuses_what_is_no_file(tmp_path: Path) -> None:
 def test_synthetic_is_decided_by_its_arguments() -> None:
     cfg = SyntheticData(documents=20, mean_length=30)
     first, again, other = (synthetic(cfg, VOCAB, 100, seed) for seed in (1, 1, 2))
-    for a, b in zip(first, again, strict=True):
-        assert_same(a, b)
-    assert [d.tokens.tolist() for d in first] != [d.tokens.tolist() for d in other]
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
 
 
 def test_synthetic_lengths_have_the_mean_and_the_spread() -> None:
@@ -369,8 +376,8 @@ def test_synthetic_lengths_have_the_mean_and_the_spread() -> None:
 @given(mean=st.integers(1, 40), sigma=st.floats(0, 3), labelled=st.floats(0, 1), longest=st.integers(2, 60), seed=st.integers(0, 99))
 def test_synthetic_trains_the_end_of_each_document(mean: int, sigma: float, labelled: float, longest: int, seed: int) -> None:
     made = synthetic(SyntheticData(8, mean, sigma, labelled), VOCAB, longest, seed)
-    assert len(made) == 8
-    for d in made:
+    assert len(made.lengths) == 8
+    for d in made:  # type: ignore[attr-defined]
         length = len(d.tokens)
         assert 2 <= length <= longest
         assert d.tokens.dtype == np.int32 and d.tokens.min() >= 0 and d.tokens.max() < VOCAB
@@ -405,10 +412,42 @@ def test_synthetic_refuses_rows_without_room_for_a_target() -> None:
         synthetic(SyntheticData(), VOCAB, 1, 1)
 
 
-def test_load_documents_picks_the_source(tmp_path: Path) -> None:
+def opened(cfg: DataConfig, into: Path, seed: int = 1) -> list[Document]:
+    stores = prepare_all(cfg, "no model is needed", VOCAB, into)
+    documents = open_documents(cfg, [store.path for store in stores], VOCAB, seed)
+    return [documents[i] for i in range(len(documents.lengths))]
+
+
+def test_open_documents_picks_the_source(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(GOOD)
-    (read,) = load_documents(DataConfig(train=str(tmp_path / "data.jsonl")), VOCAB, 1)
-    assert_same(read, document([1, 2], [True] * 2, [False] * 2))
+    (one,) = opened(DataConfig(train=str(tmp_path / "data.jsonl")), tmp_path / "stores")
+    assert_same(one, document([1, 2], [True] * 2, [False] * 2))
+    (store,) = (tmp_path / "stores").iterdir()
+    (again,) = opened(DataConfig(train=str(store)), tmp_path / "others")
+    assert_same(again, one)
+    assert not (tmp_path / "others").exists(), "a store is read where it is"
     cfg = SyntheticData(documents=3, mean_length=90)
-    for a, b in zip(load_documents(DataConfig(train=cfg, row_length=64), VOCAB, 4), synthetic(cfg, VOCAB, 64, 4), strict=True):
-        assert_same(a, b)
+    made = synthetic(cfg, VOCAB, 64, 4)
+    for i, d in enumerate(opened(DataConfig(train=cfg, row_length=64), tmp_path, seed=4)):
+        assert_same(d, made[i])
+
+
+@QUICK
+@given(weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.75, 3.0]), min_size=1, max_size=3), seed=st.integers(0, 5))
+def test_a_mixture_takes_each_document_as_often_as_its_weight_says(
+    tmp_path_factory: pytest.TempPathFactory, weights: list[float], seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("mixed")
+    sources, documents = [], 8
+    for i, weight in enumerate(weights):
+        path = folder / f"{i}.jsonl"
+        path.write_text("".join(json.dumps({"input_ids": [i, n, n]}) + "\n" for n in range(documents)))
+        sources.append(Source(str(path), weight))
+    mixed = opened(DataConfig(train=tuple(sources)), folder / "stores", seed)
+    for i, weight in enumerate(weights):
+        seen = [int(d.tokens[1]) for d in mixed if d.tokens[0] == i]
+        counts = [seen.count(n) for n in range(documents)]
+        assert sum(counts) == round(weight * documents)
+        assert set(counts) <= {int(weight), math.ceil(weight)}
+    again = opened(DataConfig(train=tuple(sources)), folder / "stores", seed)
+    assert [d.tokens.tolist() for d in again] == [d.tokens.tolist() for d in mixed]

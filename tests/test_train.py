@@ -11,7 +11,7 @@ import torch
 from megamod import checkpoint
 from megamod.batch import Mean
 from megamod.config import DataConfig
-from megamod.data.loader import load_documents
+from megamod.data.store import open_documents, prepare_all
 from megamod.errors import MegamodError
 from megamod.losses import Loss
 from megamod.step import _checked
@@ -73,7 +73,8 @@ def test_data_with_nothing_to_train_is_refused(tmp_path: Path, line: str) -> Non
     file = tmp_path / "rows.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(MegamodError, match="no document has a token to train"):
-        load_documents(DataConfig(train=str(file)), tiny.shape("qwen2").vocab, 1)
+        cfg, vocab = DataConfig(train=str(file)), tiny.shape("qwen2").vocab
+        open_documents(cfg, [store.path for store in prepare_all(cfg, "no model", vocab, tmp_path / "stores")], vocab, 1)
 
 
 @pytest.mark.parametrize(

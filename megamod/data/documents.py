@@ -1,6 +1,6 @@
-"""Tokenised documents: read from JSONL, or made up.
+"""Tokenised documents: from JSONL, or made up.
 
-A line of the file is one document, an object with these keys:
+A line of such a file is one document, an object with these keys:
 
     {"input_ids": [1, 57, 9, 4], "labels": [-100, -100, 9, 4], "verdict": [0, 0, 1, 0], "weight": 1.0}
 
@@ -8,25 +8,27 @@ A line of the file is one document, an object with these keys:
 `data/packing.py` shifts them, once.
 """
 
-import json
+import hashlib
 import math
 import reprlib
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megamod.config import SyntheticData
+from megamod.data.jsonl import LARGEST_WEIGHT, Json
 from megamod.errors import MegamodError, nearest
 
 Integers = npt.NDArray[np.integer[Any]]
 Flags = npt.NDArray[np.bool_]
 
 IGNORED = -100  # the label of a token that is not trained
+MOST_IDS = 2**31  # a document keeps them in int32
 KEYS = ("input_ids", "labels", "verdict", "weight")
-LARGEST_WEIGHT = float(np.finfo(np.float32).max)  # a batch keeps weights in float32
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: arrays have no single truth value, so documents compare by identity
@@ -39,30 +41,45 @@ class Document:
     weight: float = 1.0
 
 
-def read_jsonl(path: str | Path, vocab: int) -> list[Document]:
-    """The documents of a JSONL file, in its order. Blank lines are skipped.
+class Documents(Protocol):
+    """What a loader reads: documents by number. `InMemory` here, `store.Store`, `store.Mixed`."""
 
-    Args:
-        path: UTF-8, one JSON object a line.
-        vocab: the model's vocabulary; token ids are below it.
+    lengths: npt.NDArray[np.int64]  # [n] tokens of each
+    trained: int  # tokens that a loss may ask for
+    verdicts: int  # of those, the ones that say a verdict
 
-    Raises:
-        MegamodError: no such file, or a fault in it; one line that begins with `file:line:`.
-    """
-    documents = []
-    try:
-        with open(path, "rb") as file:  # bytes: one bad character is then an error of its own line
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    documents.append(_parse(line, vocab, f"{path}:{number}"))
-    except OSError as error:
-        raise MegamodError(f"{path}: {error.strerror or error}: a JSONL file of tokenised documents was expected") from None
-    if not documents:
-        raise MegamodError(f'{path}:1: no documents: at least one line such as {{"input_ids": [1, 2, 3]}} was expected')
-    return documents
+    def __getitem__(self, number: int) -> Document: ...
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of tokens, labels, verdicts and weights, in their order."""
+        ...
 
 
-def synthetic(cfg: SyntheticData, vocab: int, longest: int, seed: int) -> list[Document]:
+class InMemory:
+    """Documents of a list."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._documents = documents
+        self.lengths = np.array([len(document.tokens) for document in documents], np.int64)
+        self.trained = sum(int((document.labels[1:] != IGNORED).sum()) for document in documents)
+        self.verdicts = sum(int(document.verdict.sum()) for document in documents)
+
+    def __getitem__(self, number: int) -> Document:
+        return self._documents[number]
+
+    def fingerprint(self) -> str:
+        """Of the documents; integers of any width alike."""
+        digest = hashlib.sha256()
+        for document in self._documents:
+            # The length first: without it, two documents could pass for one.
+            digest.update(struct.pack("<qd", len(document.tokens), document.weight))
+            digest.update(document.tokens.astype("<i8").tobytes())
+            digest.update(document.labels.astype("<i8").tobytes())
+            digest.update(document.verdict.astype(np.bool_).tobytes())
+        return digest.hexdigest()
+
+
+def synthetic(cfg: SyntheticData, vocab: int, longest: int, seed: int) -> InMemory:
     """Random documents, the same for the same arguments.
 
     Args:
@@ -97,33 +114,28 @@ def synthetic(cfg: SyntheticData, vocab: int, longest: int, seed: int) -> list[D
         verdict = np.zeros(length, dtype=np.bool_)
         verdict[first : first + max(1, trained // 4)] = True
         documents.append(Document(tokens, labels, verdict))
-    return documents
+    return InMemory(documents)
 
 
-def _parse(line: bytes, vocab: int, where: str) -> Document:
-    """One line of the file. `where`: `file:line`, with which every error begins."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise MegamodError(f"{where}: byte {error.start + 1} of the line is not UTF-8: save the file in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise MegamodError(f"{where}: not JSON, {error.msg} at column {error.colno}: one whole object a line was expected") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise MegamodError(f"{where}: not JSON that can be read, {error}") from None
-    if not isinstance(record, dict):
-        raise MegamodError(f"{where}: {reprlib.repr(record)}: an object with the keys {', '.join(KEYS)} was expected")
+def document_of(record: Json, where: str, vocab: int | None = None) -> Document:
+    """The document that a line of tokenised JSONL holds.
+
+    Args:
+        vocab: the model's vocabulary, below which ids must be; None: any.
+
+    Raises:
+        MegamodError: a fault in it; one line that begins with `where`.
+    """
     for key in record:
         if key not in KEYS:
             raise MegamodError(f"{where}: unknown key {key!r}, {nearest(key, KEYS)}")
-    if "input_ids" not in record:
-        raise MegamodError(f"{where}: no input_ids: every document needs its list of token ids")
-
     ids = _column(record, "input_ids", {int}, "integers", where)
     if not ids:
         raise MegamodError(f"{where}: input_ids is empty: a document has at least one token")
-    if min(ids) < 0 or max(ids) >= vocab:
-        i = next(i for i, token in enumerate(ids) if not 0 <= token < vocab)
-        raise MegamodError(f"{where}: input_ids[{i}] = {ids[i]} is outside the vocabulary: ids from 0 to {vocab - 1} were expected")
+    bound = MOST_IDS if vocab is None else vocab
+    if min(ids) < 0 or max(ids) >= bound:
+        i = next(i for i, token in enumerate(ids) if not 0 <= token < bound)
+        raise MegamodError(f"{where}: input_ids[{i}] = {ids[i]} is outside the vocabulary: ids from 0 to {bound - 1} were expected")
 
     labels = _column(record, "labels", {int}, "integers", where) if "labels" in record else ids
     for i, (label, token) in enumerate(zip(labels, ids, strict=True)):
@@ -145,7 +157,7 @@ def _parse(line: bytes, vocab: int, where: str) -> Document:
     return Document(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int64), np.array(verdict, dtype=np.bool_), float(weight))
 
 
-def _column(record: dict[str, Any], key: str, kinds: set[type], what: str, where: str) -> list[Any]:
+def _column(record: Json, key: str, kinds: set[type], what: str, where: str) -> list[Any]:
     """The list at `key`: one entry of a type in `kinds` for each token. `type()`, not `isinstance`: True is no integer here."""
     value = record[key]
     if not isinstance(value, list):

@@ -1,27 +1,12 @@
 """From documents to a rank's micro-batches: one global order of rows, of which each data-parallel rank takes its part."""
 
-import hashlib
-import struct
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
 from megamod.batch import Batch
-from megamod.config import DataConfig
-from megamod.data.documents import Document, read_jsonl, synthetic
+from megamod.data.documents import Documents
 from megamod.data.packing import micro_batch, pack
 from megamod.errors import MegamodError
-
-
-def load_documents(cfg: DataConfig, vocab: int, seed: int) -> list[Document]:
-    """The documents that `cfg.train` names. `seed` is for made-up ones. Raises MegamodError."""
-    if not isinstance(cfg.train, str):
-        return synthetic(cfg.train, vocab, cfg.row_length, seed)
-    documents = read_jsonl(cfg.train, vocab)
-    if not any((document.labels[1:] != -100).any() for document in documents):
-        raise MegamodError(f"{cfg.train}: no document has a token to train: labels are all -100, or documents of one token")
-    return documents
 
 
 class Loader:
@@ -32,7 +17,7 @@ class Loader:
     only which rank reads which of a step's micro-batches.
 
     Args:
-        documents: what `load_documents` gives; the same on every rank.
+        documents: the same on every rank.
         row_length: tokens in a row; micro-batches have row_length · rows_per_micro_batch tokens.
         rows_per_step: rows of the global batch.
         rows_per_micro_batch: rows of a micro-batch.
@@ -50,7 +35,7 @@ class Loader:
 
     def __init__(
         self,
-        documents: Sequence[Document],
+        documents: Documents,
         *,
         row_length: int,
         rows_per_step: int,
@@ -59,7 +44,7 @@ class Loader:
         dp_rank: int,
         dp_size: int,
     ) -> None:
-        if not documents:
+        if not len(documents.lengths):
             raise MegamodError("data.train: no documents: at least one was expected")
         if rows_per_step % (rows_per_micro_batch * dp_size):  # every rank has as many micro-batches, all of one size
             raise MegamodError(
@@ -73,7 +58,7 @@ class Loader:
         self._seed = seed
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        lengths = [len(document.tokens) for document in documents]
+        lengths = documents.lengths.tolist()
         self._packed = pack(lengths, row_length)
         self.rows = len(self._packed)
         self.utilisation = sum(lengths) / (self.rows * row_length)
@@ -84,20 +69,6 @@ class Loader:
         size, stride = self._rows_per_micro_batch, self._rows_per_micro_batch * self._dp_size
         groups = [rows[first : first + size] for first in range(self._dp_rank * size, len(rows), stride)]
         return [micro_batch([[self._documents[i] for i in self._packed[row]] for row in group], self._row_length) for group in groups]
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the documents in their order, in hexadecimal: a run must not resume on other data unnoticed.
-
-        It covers tokens, labels, verdicts and weights, not how they are packed or shared, nor the tokens' integer type.
-        """
-        digest = hashlib.sha256()
-        for document in self._documents:
-            # The length first: without it, two documents could pass for one.
-            digest.update(struct.pack("<qd", len(document.tokens), document.weight))
-            digest.update(document.tokens.astype("<i8").tobytes())
-            digest.update(document.labels.astype("<i8").tobytes())
-            digest.update(document.verdict.astype(np.bool_).tobytes())
-        return digest.hexdigest()
 
     def _stream(self, first: int, count: int) -> list[int]:
         """Rows [first, first + count) of epoch 0's order, epoch 1's, … one after the other."""

@@ -84,18 +84,29 @@ class Head:
     @torch.no_grad()
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest log-probabilities (all V when k is larger) and their token ids, `[N, k]` each, without a gradient."""
-        lse, k = self.logsumexp(), min(k, self.vocab)
-        here, w = min(k, self.columns), self.weight[: self.columns]  # a rank with fewer columns than k offers -∞
-        values = torch.full((len(lse), k), float("-inf"), dtype=lse.dtype, device=lse.device)
-        ids = torch.zeros(values.shape, dtype=torch.long, device=lse.device)
-        for part in _chunks(len(lse) if here else 0, self._chunk):
-            values[part, :here], ids[part, :here] = (self.hidden[part] @ w.t()).to(lse.dtype).topk(here, dim=-1)
+        k = min(k, self.vocab)
+        values, ids = self._largest(k)
+        values, order = values.topk(k, dim=-1)
+        return values - self.logsumexp()[:, None], ids.gather(-1, order)
+
+    @torch.no_grad()
+    def greedy(self) -> Tensor:
+        """`[N]` the most probable token's id."""
+        values, ids = self._largest(1)
+        return torch.where(values == values.amax(-1, keepdim=True), ids, self.vocab).amin(-1)
+
+    def _largest(self, k: int) -> tuple[Tensor, Tensor]:
+        """`[N, k·tp]`: each tensor-parallel rank's k largest logits and their ids; a rank with fewer columns offers -∞."""
+        here, w = min(k, self.columns), self.weight[: self.columns]
+        n = len(self.hidden)
+        values = torch.full((n, k), float("-inf"), dtype=_at_least_fp32(self.hidden.dtype), device=self.hidden.device)
+        ids = torch.zeros(values.shape, dtype=torch.long, device=self.hidden.device)
+        for part in _chunks(n if here else 0, self._chunk):
+            values[part, :here], ids[part, :here] = (self.hidden[part] @ w.t()).to(values.dtype).topk(here, dim=-1)
         ids += self.first
         if self.tp is not None and self.tp.size() > 1:
             values, ids = (gather_from_tensor_model_parallel_region(x, group=self.tp) for x in (values, ids))
-            values, order = values.topk(k, dim=-1)
-            ids = ids.gather(-1, order)
-        return values - lse[:, None], ids
+        return values, ids
 
     def logits(self) -> Tensor:
         """`[N, V]`, whole on every rank: the way out for what nothing above computes. It is large; differentiable."""

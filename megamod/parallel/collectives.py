@@ -9,7 +9,7 @@ Two rules, and the wrong one gives an exact loss with wrong gradients:
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -79,3 +79,10 @@ def together(step: Callable[[], T], *, acts: bool = True) -> T | None:
     if first is not None:
         raise MegamodError(first)
     return result
+
+
+def on_first(step: Callable[[], T]) -> T:
+    """Take `step` on rank 0 of the world and hand its result, which must pickle, to all. Raises its fault on all."""
+    result = [together(step, acts=dist.get_rank() == 0)]
+    dist.broadcast_object_list(result, src=0)
+    return cast(T, result[0])

@@ -45,6 +45,8 @@ def export(
     directory: str | Path,
     *,
     source: str | Path,
+    companions: str | Path | None = None,
+    texts: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 4_000_000_000,
 ) -> Path:
@@ -53,6 +55,8 @@ def export(
     Args:
         chunks: this rank's, bare or wrapped in DistributedDataParallel.
         source: the Hugging Face directory that the run began from: its config.json, tokenizer and licence are copied.
+        companions: where the tokenizer comes from instead; None: `source`.
+        texts: further small files, by name; they replace companions of that name.
         dtype: of the written tensors; None: the parameters' own, bit for bit.
         shard_bytes: a file holds at most so much, or a single larger tensor.
 
@@ -66,7 +70,8 @@ def export(
     shards = _deal(stage, grid.tp.size, dtype.itemsize, shard_bytes)
     try:
         # Where it fails, the others learn of it: each step ends with all ranks agreed that it is done, or with the same error.
-        together(lambda: _prepare(shape, Path(source), target, draft, dtype), acts=grid.rank == 0)
+        others = (Path(companions or source), texts or {})
+        together(lambda: _prepare(shape, Path(source), target, draft, dtype, *others), acts=grid.rank == 0)
         files = _name_files(shards[grid.tp.rank] if grid.dp_cp.rank == 0 else [], shape, grid)
         together(lambda: _write_shards(stage, shards, files[grid.rank], draft, grid, dtype), acts=grid.dp_cp.rank == 0)
         together(lambda: _finish(files, shape, draft, target, dtype), acts=grid.rank == 0)
@@ -139,7 +144,9 @@ def _name_files(own: Sequence[Sequence[str]], shape: Shape, grid: Grid) -> list[
     return files
 
 
-def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype) -> None:
+def _prepare(
+    shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype, companions: Path, texts: Mapping[str, str]
+) -> None:
     """Rank 0, first: refuse what cannot succeed, then begin the draft with all but the weights."""
     check(shape, source, target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,12 +154,15 @@ def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch
         shutil.rmtree(draft)
     draft.mkdir()
     _write_json(draft / "config.json", both_spellings(read_config(source), str(dtype).removeprefix("torch.")))
-    for file in sorted(f for pattern in COMPANIONS for f in source.glob(pattern)):
-        if file.resolve().parent != source.resolve():  # what it shows might be a secret of this machine
+    for file in sorted(f for pattern in COMPANIONS for f in companions.glob(pattern)):
+        if file.resolve().parent != companions.resolve():  # what it shows might be a secret of this machine
             raise MegamodError(f"{file}: a link that leaves the directory is not followed; put the file itself there")
         if file.is_file():
             shutil.copyfile(file, draft / file.name)
             sync(draft / file.name)
+    for name, text in texts.items():
+        (draft / name).write_text(text, encoding="utf-8")
+        sync(draft / name)
 
 
 def _write_shards(

@@ -1,0 +1,436 @@
+"""The token store: documents as columns in memory-mapped files, made once from JSONL, read by every rank.
+
+    <store>/
+        store.json      the columns, how many documents and tokens, what they were made from, and their fingerprint
+        offsets.bin     int64 [S+1]: where each document begins in the per-token columns
+        <column>.bin    one number for each token, or for each document
+
+COLUMNS is the schema. A new column is a row there, and a field of Document.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import shutil
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from megamod import files
+from megamod.config import ChatConfig, DataConfig, Source, SyntheticData
+from megamod.data.chat import Encoder, encoder
+from megamod.data.documents import IGNORED, Document, Documents, document_of, synthetic
+from megamod.data.jsonl import json_object, no_rows, row_of
+from megamod.errors import MegamodError, listed
+
+FORMAT = 1
+PART_LINES = 2000  # of the JSONL file: what one process does at a time, and what a kill loses
+MANIFEST = "store.json"
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number for each token, or for each sequence (document)."""
+
+    name: str
+    per: Literal["token", "sequence"]
+    dtype: str
+    of: Callable[[Document], Any]  # the document's share: an array, or a number
+
+
+COLUMNS = (
+    Column("tokens", "token", "<i4", lambda d: d.tokens),
+    Column("trained", "token", "|b1", lambda d: d.labels != IGNORED),
+    Column("verdict", "token", "|b1", lambda d: d.verdict),
+    Column("weight", "sequence", "<f8", lambda d: d.weight),
+)
+
+
+class Store:
+    """A token store, memory-mapped: Documents.
+
+    Raises:
+        MegamodError: no store there, or one that is damaged or of another format.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.manifest = _read_manifest(self.directory)
+        counts = self.manifest["counts"]
+        self.trained, self.verdicts, self.largest = counts["trained"], counts["verdicts"], counts["largest"]
+        sizes = {"token": counts["tokens"], "sequence": counts["documents"]}
+        self._offsets = self._map("offsets", "<i8", counts["documents"] + 1)
+        self._columns = {column.name: self._map(column.name, column.dtype, sizes[column.per]) for column in COLUMNS}
+        self.lengths = np.diff(self._offsets)
+
+    def __getitem__(self, number: int) -> Document:
+        part = slice(int(self._offsets[number]), int(self._offsets[number + 1]))
+        tokens = np.array(self._columns["tokens"][part])
+        labels = np.where(self._columns["trained"][part], tokens.astype(np.int64), IGNORED)
+        return Document(tokens, labels, np.array(self._columns["verdict"][part]), float(self._columns["weight"][number]))
+
+    def fingerprint(self) -> str:
+        """Of the columns, taken when they were written."""
+        return str(self.manifest["fingerprint"])
+
+    def _map(self, name: str, dtype: str, size: int) -> Array:
+        file, expected = self.directory / f"{name}.bin", size * np.dtype(dtype).itemsize
+        found = file.stat().st_size if file.is_file() else None
+        if found != expected:
+            raise MegamodError(f"{file}: {'missing' if found is None else f'{found} bytes'}, {expected} were expected: prepare it again")
+        return np.memmap(file, dtype, "r", shape=(size,))
+
+
+class Mixed:
+    """Several sources as one: Documents. Each document comes as often as its source's weight says.
+
+    Args:
+        parts: sources and their weights. A weight of 2.5 takes every document twice, and half of them, drawn once, a third time.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Documents, float]], seed: int) -> None:
+        self._parts, self._seed = parts, seed
+        numbers = [_repeated(len(documents.lengths), weight, (seed, i)) for i, (documents, weight) in enumerate(parts)]
+        self._part = np.repeat(np.arange(len(parts)), [len(n) for n in numbers])
+        self._number = np.concatenate(numbers)
+        self.lengths = np.concatenate([documents.lengths[n] for (documents, _), n in zip(parts, numbers, strict=True)])
+        self.trained = sum(documents.trained for documents, _ in parts)
+        self.verdicts = sum(documents.verdicts for documents, _ in parts)
+
+    def __getitem__(self, number: int) -> Document:
+        documents, _ = self._parts[self._part[number]]
+        return documents[int(self._number[number])]
+
+    def fingerprint(self) -> str:
+        """Of the sources, their weights and the seed."""
+        parts = [[documents.fingerprint(), weight] for documents, weight in self._parts]
+        return hashlib.sha256(json.dumps([parts, self._seed]).encode()).hexdigest()
+
+
+def _repeated(documents: int, weight: float, seed: tuple[int, int]) -> npt.NDArray[np.int64]:
+    whole = int(weight)
+    extra = np.random.default_rng(seed).permutation(documents)[: round((weight - whole) * documents)]
+    return np.concatenate([np.tile(np.arange(documents), whole), np.sort(extra)])
+
+
+class Prepared(NamedTuple):
+    """A store that `prepare` has made, or found made."""
+
+    path: str
+    counts: dict[str, int]  # rows, documents, skipped, cut, tokens, trained, verdicts, …
+    unread: dict[str, int]  # keys of the rows that nothing reads, and how often they came
+
+    def __str__(self) -> str:
+        """For the log: what became of the rows."""
+        counts = self.counts
+        parts = [f"{self.path}: {counts['rows']:,} rows, {counts['documents']:,} documents, {counts['tokens']:,} tokens"]
+        parts += [f"{counts[key]:,} {what}" for key, what in (("skipped", "too long: skipped"), ("cut", "too long: cut")) if counts[key]]
+        if self.unread:
+            parts.append(f"keys that nothing reads: {listed(f'{key} ({count:,})' for key, count in self.unread.items())}")
+        return " · ".join(parts)
+
+
+def prepare_all(cfg: DataConfig, model: str, vocab: int, into: str | Path) -> list[Prepared]:
+    """Make, or find made, the store of every file that `cfg.train` names, below `into`; those that are stores stay where they are.
+
+    Raises:
+        MegamodError: see `prepare`.
+    """
+    if isinstance(cfg.train, SyntheticData):
+        return []
+
+    def one(source: Source) -> Prepared:
+        if (Path(source.path) / MANIFEST).exists():
+            return Prepared(source.path, Store(source.path).manifest["counts"], {})
+        return prepare(source.path, into, cfg.chat, model, limit=cfg.row_length, vocab=vocab)
+
+    return [one(source) for source in (cfg.train if isinstance(cfg.train, tuple) else (Source(cfg.train),))]
+
+
+def open_documents(cfg: DataConfig, stores: Sequence[str | Path], vocab: int, seed: int) -> Documents:
+    """The documents that `cfg.train` names, from the stores that `prepare_all` has made of them.
+
+    Raises:
+        MegamodError: a store that holds nothing to train, or ids outside the vocabulary.
+    """
+    if isinstance(cfg.train, SyntheticData):
+        return synthetic(cfg.train, vocab, cfg.row_length, seed)
+    opened = [Store(path) for path in stores]
+    for store in opened:
+        if store.largest >= vocab:
+            raise MegamodError(f"{store.directory}: holds token id {store.largest}, the model has {vocab}: it was made for another model")
+        if not store.trained:
+            raise MegamodError(f"{store.directory}: no document has a token to train: labels are all {IGNORED}, or documents of one token")
+    if not isinstance(cfg.train, tuple):
+        return opened[0]
+
+    def part(store: Store, source: Source) -> tuple[Store, float]:
+        return store, source.weight
+
+    return Mixed([part(*pair) for pair in zip(opened, cfg.train, strict=True)], seed)
+
+
+def prepare(
+    path: str | Path,
+    into: str | Path,
+    chat: ChatConfig,
+    model: str,
+    *,
+    limit: int | None = None,
+    vocab: int | None = None,
+    processes: int = 1,
+    name: str | None = None,
+) -> Prepared:
+    """Make the token store of a JSONL file; what an earlier, killed attempt has done is not done again.
+
+    Args:
+        path: conversations (data/jsonl.py) or tokenised documents (data/documents.py); the first line decides.
+        into: the folder in which the store is made.
+        chat: how conversations become tokens.
+        model: the Hugging Face directory whose tokenizer is used.
+        limit: the tokens that a document may have: a row's. None: any number.
+        vocab: of the model, for tokenised documents.
+        processes: that encode at the same time. The store does not depend on it.
+        name: of the store; None: the file's, with a digest of what decides its content. So another tokenizer, template or
+            file makes another store, and the same ones find this one.
+
+    Raises:
+        MegamodError: a fault in the file, with `file:line:`; nothing to train in it; or a store of that name made from
+            something else.
+    """
+    scan = _scan(Path(path))
+    made = None if scan.is_tokenised else encoder(chat, model, limit)
+    if made is None and chat != ChatConfig(too_long=chat.too_long):
+        raise MegamodError(f"{path}: tokenised documents: data.chat would not be read, but for too_long")
+    how = {"limit": limit, "too_long": chat.too_long, "vocab": vocab} if made is None else made.identity()
+    identity = {"format": FORMAT, "sha256": scan.sha256, "columns": [[c.name, c.per, c.dtype] for c in COLUMNS], "encoder": how}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    target = Path(into) / (name or f"{Path(path).stem}-{digest[:12]}")
+    if (target / MANIFEST).exists():
+        found = _read_manifest(target)
+        if found["digest"] != digest:
+            raise MegamodError(f"{target}: a store of another file, tokenizer, template or option: remove it, or use another name")
+        return Prepared(str(target), found["counts"], found["unread"])
+    parts = target.with_name(f".{target.name}.{digest[:12]}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    tasks = [_Task(str(path), start, line, parts / f"{i:06d}.npz") for i, (start, line) in enumerate(scan.parts)]
+    todo = [task for task in tasks if not task.part.exists()]
+    work = _Work(todo, chat, model, limit, vocab, scan.is_tokenised)
+    bar = tqdm(total=len(tasks) * PART_LINES, initial=(len(tasks) - len(todo)) * PART_LINES, desc=f"encoding {path}", unit=" rows", delay=3)
+    with bar:
+        for _ in _in_processes(work, processes) if processes > 1 and len(todo) > 1 else work.run(made, 0, 1):
+            bar.update(PART_LINES)
+    counts, unread = _assemble(tasks, target, {"digest": digest, "identity": identity, "source": str(path)})
+    shutil.rmtree(parts, ignore_errors=True)
+    return Prepared(str(target), counts, unread)
+
+
+class _Scan(NamedTuple):
+    sha256: str
+    parts: list[tuple[int, int]]  # byte and line at which every part of PART_LINES lines begins
+    is_tokenised: bool
+
+
+class _Task(NamedTuple):
+    path: str
+    start: int  # byte
+    line: int  # counts from 1
+    part: Path
+
+
+def _scan(path: Path) -> _Scan:
+    """One pass over the file's bytes: its checksum, and where its parts begin."""
+    digest, parts, start, first = hashlib.sha256(), [], 0, None
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                if number % PART_LINES == 0:
+                    parts.append((start, number + 1))
+                digest.update(line)
+                start += len(line)
+                if first is None and line.strip():
+                    first = (line, f"{path}:{number + 1}")
+    except OSError as error:
+        raise MegamodError(f"{path}: {error.strerror or error}: a JSONL file, or a store, was expected") from None
+    if first is None:
+        raise no_rows(path)
+    return _Scan(digest.hexdigest(), parts, "input_ids" in json_object(*first))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Parts to encode, and how; it pickles, so that other processes can take their share of it."""
+
+    tasks: list[_Task]
+    chat: ChatConfig
+    model: str
+    limit: int | None
+    vocab: int | None
+    is_tokenised: bool
+
+    def run(self, made: Encoder | None, first: int, stride: int) -> Iterator[None]:
+        """Encode every `stride`-th part from `first` on."""
+        for task in self.tasks[first::stride]:
+            self._encode(task, made)
+            yield
+
+    def _encode(self, task: _Task, made: Encoder | None) -> None:
+        documents: list[Document] = []
+        counts: Counter[str] = Counter()
+        unread: Counter[str] = Counter()
+        with open(task.path, "rb") as file:
+            file.seek(task.start)
+            for number in range(task.line, task.line + PART_LINES):
+                line = file.readline()
+                if not line:
+                    break
+                if not line.strip():
+                    continue
+                where = f"{task.path}:{number}"
+                record = json_object(line, where)
+                if made is None:
+                    documents += self._tokenised(record, where, counts)
+                else:
+                    row = row_of(record, where)
+                    unread.update(row.unread)
+                    documents += made.documents(row, counts)
+        _write_part(task.part, documents, counts, unread)
+
+    def _tokenised(self, record: Mapping[str, Any], where: str, counts: Counter[str]) -> list[Document]:
+        if "input_ids" not in record:
+            raise MegamodError(f"{where}: no input_ids: every document needs its list of token ids, as the file's first line has")
+        document = document_of(record, where, self.vocab)
+        counts["rows"] += 1
+        if self.limit is not None and len(document.tokens) > self.limit:
+            if self.chat.too_long != "skip":
+                advice = "raise data.row_length, or set data.chat.too_long to 'skip'"
+                raise MegamodError(f"{where}: {len(document.tokens)} tokens, but a row holds {self.limit}: {advice}")
+            counts["skipped"] += 1
+            return []
+        counts["documents"] += 1
+        return [document]
+
+
+def _in_processes(work: _Work, processes: int) -> Iterator[None]:
+    """Encode with several processes: process p takes parts p, p + processes, …"""
+    context = multiprocessing.get_context("spawn")
+    answers: Any = context.Queue()
+    workers = [context.Process(target=_serve, args=(work, p, processes, answers), daemon=True) for p in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        done = 0
+        while done < len(work.tasks):
+            try:
+                fault = answers.get(timeout=5)
+            except queue.Empty:
+                if all(worker.exitcode is not None for worker in workers) and answers.empty():
+                    raise MegamodError("a process that encodes has died (killed for its memory?): use fewer processes") from None
+                continue
+            if fault is not None:
+                raise fault
+            done += 1
+            yield
+    finally:
+        for worker in workers:
+            worker.terminate()
+
+
+def _serve(work: _Work, first: int, stride: int, answers: Any) -> None:
+    try:
+        made = None if work.is_tokenised else encoder(work.chat, work.model, work.limit)
+        for _ in work.run(made, first, stride):
+            answers.put(None)
+    except MegamodError as error:
+        answers.put(error)
+    except Exception:
+        answers.put(RuntimeError(traceback.format_exc()))
+
+
+def _write_part(part: Path, documents: Sequence[Document], counts: Mapping[str, int], unread: Mapping[str, int]) -> None:
+    arrays: dict[str, Array] = {"lengths": np.array([len(d.tokens) for d in documents], np.int64)}
+    for column in COLUMNS:
+        values = [column.of(document) for document in documents]
+        joined = np.concatenate(values) if column.per == "token" and values else np.array(values)
+        arrays[column.name] = joined.astype(column.dtype)
+    arrays["about"] = np.frombuffer(json.dumps([counts, unread]).encode(), np.uint8)
+    draft = part.with_suffix(".tmp")
+    with draft.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    os.replace(draft, part)
+
+
+def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """The parts one after the other, into a directory that is renamed when it is whole."""
+    draft = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    counts: Counter[str] = Counter({"rows": 0, "documents": 0, "skipped": 0, "cut": 0, "tokens": 0, "trained": 0, "verdicts": 0})
+    unread: Counter[str] = Counter()
+    largest, digests = -1, {column.name: hashlib.sha256() for column in COLUMNS}
+    lengths = []
+    writers = {column.name: (draft / f"{column.name}.bin").open("wb") for column in COLUMNS}
+    try:
+        for task in tasks:
+            with np.load(task.part, allow_pickle=False) as part:
+                for name, digest in digests.items():
+                    digest.update(part[name].tobytes())
+                    writers[name].write(part[name].tobytes())
+                lengths.append(part["lengths"])
+                part_counts, part_unread = json.loads(part["about"].tobytes())
+                counts.update(part_counts)
+                unread.update(part_unread)
+                counts["tokens"] += len(part["tokens"])
+                firsts = np.cumsum(part["lengths"]) - part["lengths"]
+                counts["trained"] += int(part["trained"].sum() - part["trained"][firsts].sum())  # a first token is never predicted
+                counts["verdicts"] += int(part["verdict"].sum())
+                largest = max(largest, int(part["tokens"].max(initial=-1)))
+    finally:
+        for writer in writers.values():
+            writer.close()
+    offsets = np.concatenate([[0], *lengths]).cumsum()
+    offsets.astype("<i8").tofile(draft / "offsets.bin")
+    if not counts["documents"]:
+        shutil.rmtree(draft)
+        raise MegamodError(f"{about['source']}: no documents: all {counts['skipped']} are longer than a row: see data.chat.too_long")
+    whole = hashlib.sha256(json.dumps([hashlib.sha256(offsets.tobytes()).hexdigest(), *(d.hexdigest() for d in digests.values())]).encode())
+    manifest = {
+        "format": FORMAT, "columns": {c.name: {"per": c.per, "dtype": c.dtype} for c in COLUMNS},
+        "counts": {**counts, "largest": largest}, "unread": dict(unread), "fingerprint": whole.hexdigest(), **about,
+    }  # fmt: skip
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in draft.iterdir():
+        files.sync(file)
+    if target.exists():
+        raise MegamodError(f"{target}: exists and is no store: use another name")
+    os.rename(draft, target)
+    files.sync(target.parent)
+    return manifest["counts"], manifest["unread"]
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    file = directory / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        columns = {name: (entry["per"], entry["dtype"]) for name, entry in manifest["columns"].items()}
+        if manifest["format"] != FORMAT:
+            raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}: prepare it again")
+    except OSError as error:
+        raise MegamodError(f"{file}: {error.strerror or error}: a store made by tools/prepare_data.py was expected") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MegamodError(f"{file}: damaged ({error}): prepare it again") from None
+    missing = [c.name for c in COLUMNS if columns.get(c.name) != (c.per, c.dtype)]
+    if missing:
+        raise MegamodError(f"{file}: made with other columns than {listed(missing)}: prepare it again")
+    return manifest

@@ -1,0 +1,120 @@
+"""A model that judges, from a notebook or a tool: a Hugging Face directory or a run's checkpoint, on this process's grid.
+
+    moderator = Moderator("runs/quickstart/hf/step-00000400")
+    for judged in moderator.judge(["I will find out where you live."], decode=None):
+        print(judged.scores, judged.verdict)
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamod import checkpoint
+from megamod.config import ChatConfig, Dtype, ModelConfig, ParallelConfig, Scoring
+from megamod.data import chat
+from megamod.data.jsonl import Row, row_of
+from megamod.errors import MegamodError
+from megamod.evaluate.judge import judge
+from megamod.evaluate.metrics import Judged
+from megamod.model.build import build
+from megamod.model.shape import read_shape
+from megamod.parallel import grid as grids
+from megamod.parallel.collectives import together
+from megamod.verdicts import Format, format_from_json
+from megamod.weights.load import Safetensors, Source, load
+
+Conversation = str | Sequence[Mapping[str, Any]] | Row  # a user's message, `messages`, or a row
+
+
+class Moderator:
+    """Loads the model once; `judge` then takes any number of conversations.
+
+    Alone it joins a world of one; under torchrun every rank makes one and calls it alike.
+
+    Args:
+        path: a Hugging Face directory, or a checkpoint of a run: `<run>/checkpoints/step-…`.
+        parallel: the grid.
+        dtype: None: bfloat16 on a GPU, float32 elsewhere.
+        format: the verdict format; None: what the directory says (`moderation.json`, the checkpoint's run), else qwen3guard.
+        row_length: tokens of a packed row; a longer conversation is cut.
+
+    Raises:
+        MegamodError: no model there, one that the grid does not fit, or a tokenizer that cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        parallel: ParallelConfig | None = None,
+        *,
+        dtype: Dtype | None = None,
+        format: str | Format | None = None,
+        row_length: int = 4096,
+    ) -> None:
+        origin, source, settings = _open(Path(path))
+        if format is not None:
+            settings = ChatConfig(**{**vars(settings), "format": format})
+        shape = read_shape(origin)
+        parallel = parallel or ParallelConfig()
+        self._grid = grids.start(parallel, shape, seed=1)
+        unit = parallel.cp * (parallel.tp if parallel.sp else 1)
+        if row_length < 1 or row_length % unit:
+            raise MegamodError(f"row_length = {row_length}: a multiple of {unit} was expected, for cp and sp")
+        chosen: Dtype = dtype or ("bfloat16" if self._grid.device.type == "cuda" else "float32")
+        self._chunks, _ = build(ModelConfig(path=str(origin), dtype=chosen), shape, self._grid)
+        together(lambda: load(self._chunks, shape, self._grid, source, where=str(path)))
+        for chunk in self._chunks:
+            chunk.to(self._grid.device).requires_grad_(False)
+        encoder = together(lambda: chat.encoder(settings, str(origin), row_length))
+        assert encoder is not None
+        self._encoder, self._row_length = encoder, row_length
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes what all know."""
+        return self._grid.rank == 0
+
+    def judge(
+        self, conversations: Sequence[Conversation], *, scoring: Scoring = "whole", decode: int | None = 0, max_new_tokens: int = 128
+    ) -> list[Judged]:
+        """Judge each of them: `scores` always, `text` and `verdict` for the first `decode` of them (None: for all).
+
+        See `megamod.evaluate.judge.judge`. Every rank has the result.
+        """
+        rows = [_row(conversation, i) for i, conversation in enumerate(conversations)]
+        with torch.no_grad():
+            return judge(
+                self._chunks, self._grid, rows, self._encoder, row_length=self._row_length, scoring=scoring, decode=decode,
+                max_new_tokens=max_new_tokens,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Leave the world that this process joined for it."""
+        if dist.is_initialized():
+            grids.leave()
+
+
+def _open(path: Path) -> tuple[Path, Source, ChatConfig]:
+    """Where tokenizer and config.json are, where the weights are, and how conversations became tokens."""
+    if (path / "config.json").is_file():
+        return path, Safetensors(path), chat.read_settings(path, ChatConfig())
+    if (path / "manifest.json").is_file():
+        masters = checkpoint.Masters(path)
+        try:
+            saved = dict(masters.about["data.chat"])
+            format = saved["format"]
+            saved["format"] = format if isinstance(format, str) else format_from_json(format)
+            return Path(masters.about["model.path"]), masters, ChatConfig(**saved)
+        except (KeyError, TypeError) as error:
+            raise MegamodError(f"{path}: a checkpoint that does not say how its run read conversations ({error})") from None
+    raise MegamodError(f"{path}: neither a Hugging Face directory (config.json) nor a run's checkpoint (<run>/checkpoints/step-…)")
+
+
+def _row(conversation: Conversation, number: int) -> Row:
+    if isinstance(conversation, Row):
+        return conversation
+    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    return row_of({"messages": messages}, f"conversation {number}")

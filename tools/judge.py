@@ -1,0 +1,63 @@
+"""Judge the conversations of a JSONL file: a verdict a line, with scores.
+
+python tools/judge.py --model runs/quickstart/hf/step-00000400 held_out.jsonl verdicts.jsonl
+torchrun --nproc-per-node 8 tools/judge.py --model /models/my-72b --tp 8 queue.jsonl verdicts.jsonl
+
+--model is a Hugging Face directory or a run's checkpoint (<run>/checkpoints/step-…). Rows need no label; where they have one,
+tools/evaluate.py measures the verdicts. Without --decode only scores are computed, in one forward pass a label that begins
+with tokens of its own.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megamod.config import ParallelConfig
+from megamod.data.jsonl import read_rows
+from megamod.errors import MegamodError
+from megamod.evaluate import records
+from megamod.model.build import DTYPES
+from megamod.moderator import Moderator
+from megamod.parallel import grid as grids
+from megamod.parallel.collectives import together
+from megamod.verdicts import FORMATS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--decode", default="0", help="of how many rows the verdict's text is decoded too: a number, or all")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--scoring", choices=["whole", "first_token"], default="whole")
+    parser.add_argument("--format", choices=FORMATS, help="of verdicts; default: what the model's directory says, else qwen3guard")
+    parser.add_argument("--row-length", type=int, default=4096, help="tokens of a packed row; longer conversations are cut")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1)
+    args = parser.parse_args()
+    try:
+        if args.decode != "all" and not args.decode.isdecimal():
+            raise MegamodError(f"--decode {args.decode}: a number of rows, or all, was expected")
+        if args.out.exists():
+            raise MegamodError(f"{args.out}: exists; a new file was expected")
+        rows = list(read_rows(args.rows))
+        parallel = ParallelConfig(tp=args.tp, pp=args.pp, cp=args.cp)
+        moderator = Moderator(args.model, parallel, dtype=args.dtype, format=args.format, row_length=args.row_length)
+        decode = None if args.decode == "all" else int(args.decode)
+        judged = moderator.judge(rows, scoring=args.scoring, decode=decode, max_new_tokens=args.max_new_tokens)
+        together(lambda: records.write(args.out, rows, judged), acts=moderator.is_first)
+    except MegamodError as error:
+        grids.say_once(f"megamod: error: {error}")
+        return 1
+    if moderator.is_first:
+        flagged = sum(max(one.scores, key=lambda s: one.scores[s]) != "safe" for one in judged)
+        print(f"{args.out}: {len(rows):,} verdicts, {flagged:,} not safe")
+    moderator.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
