@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from megamod.errors import MegamodError, nearest
 
@@ -47,11 +47,13 @@ class Line:
         if self.only_unsafe and verdict.severity != "unsafe":
             return None
         if self.part == "reason":
-            return verdict.reason or None
+            return (verdict.reason or "").strip() or None
         if self.part == "categories":
             for category in verdict.categories:
-                if not category.strip() or self.separator.strip() in category or "\n" in category or category in self.words.values():
-                    raise MegamodError(f"category {category!r}: one without {self.separator.strip()!r} and line breaks was expected")
+                if self.read(category) != (category,) or "\n" in category:
+                    none = f", {self.words['none']!r}" if "none" in self.words else ""
+                    expected = f"a name without {self.separator.strip()!r}{none}, line breaks and outer white space was expected"
+                    raise MegamodError(f"category {category!r}: {expected}")
             return self.separator.join(verdict.categories) if verdict.categories else self.words.get("none")
         given = getattr(verdict, self.part)
         key = {None: "none", True: "yes", False: "no"}.get(given, given)
@@ -65,7 +67,7 @@ class Line:
         if self.part == "reason":
             value = r"[\s\S]*\S"
         elif self.part == "categories":
-            value = r"(?!Reason: )[^\n]*\S"  # where the line may be missing, the next is not taken for it
+            value = r"[^\n]*\S"
         else:
             value = "|".join(map(re.escape, self.words.values()))
         return f"{re.escape(self.before)}({value})"
@@ -80,8 +82,8 @@ class Line:
         if self.part == "reason":
             return value
         if self.part == "categories":
-            names = [] if value in (None, self.words.get("none")) else [name.strip() for name in str(value).split(self.separator.strip())]
-            return tuple(name for name in names if name)
+            names = (name.strip() for name in (value or "").split(self.separator.strip() or None))
+            return tuple(name for name in names if name and name != self.words.get("none"))
         key = next((key for key, word in self.words.items() if word == value), "none")
         return {"none": None, "yes": True, "no": False}.get(key, key)
 
@@ -100,6 +102,16 @@ class Format:
     prompt: tuple[Line, ...]
     response: tuple[Line, ...]
 
+    def __post_init__(self) -> None:
+        for lines in (self.prompt, self.response):
+            parts = [line.part for line in lines]
+            said = [key for line in lines if line.part == "severity" for key in line.words]
+            if not said or len({*parts}) < len(parts) or not {*parts} <= {*get_args(Part)} or not {*said} <= {*SEVERITIES}:
+                raise MegamodError(
+                    f"a verdict format with lines for {', '.join(parts)}, and words for {', '.join(said)}: one line for severity, with words "
+                    f"for some of {', '.join(SEVERITIES)}, and at most one for each of {', '.join(get_args(Part))} were expected"
+                )
+
     def lines(self, response: bool) -> tuple[Line, ...]:
         """Those for a response or a prompt."""
         return self.response if response else self.prompt
@@ -113,43 +125,58 @@ class Format:
     def render(self, verdict: Verdict, response: bool = False) -> Rendered:
         """`verdict` as text. Raises MegamodError for what the format has no word for."""
         text, spans = "", []
-        for line in self.lines(response):
-            value = line.value(verdict)
+        values = [line.value(verdict) for line in self.lines(response)]
+        for line, value in zip(self.lines(response), values, strict=True):
             if value is None:
                 continue
             text += ("\n" if text else "") + line.before
             if line.part != "reason":
                 spans.append((len(text), len(text) + len(value)))
             text += value
+        if self._values(text, response) != values:
+            raise MegamodError(f"{text!r}: a verdict that would be read as another one: a value looks like a line of the format")
         return Rendered(text, tuple(spans))
 
     def parse(self, text: str, response: bool = False) -> Verdict | None:
         """The verdict that `text` says, surrounding white space aside; None where it is not in the format."""
-        lines = self.lines(response)
-        pattern = ""
-        for line in lines:
-            one = ("\n" if pattern else "") + line.pattern
-            pattern += f"(?:{one})?" if line.optional else one
-        match = re.fullmatch(pattern, text.strip())
-        if match is None:
+        values = self._values(text, response)
+        if values is None:
             return None
-        return Verdict(**{line.part: line.read(value) for line, value in zip(lines, match.groups(), strict=True)})
+        lines = self.lines(response)
+        verdict = Verdict(**{line.part: line.read(value) for line, value in zip(lines, values, strict=True)})
+        misplaced = verdict.severity != "unsafe" and any(line.only_unsafe and value for line, value in zip(lines, values, strict=True))
+        return None if misplaced else verdict
+
+    def _values(self, text: str, response: bool) -> list[str | None] | None:
+        """What each line of `text` says, None for one that is left out; None for all where it is not in the format."""
+        lines = self.lines(response)
+        pattern, first = "", True  # first: no line has to stand before this one
+        for i, line in enumerate(lines):
+            later = "|".join(re.escape(after.before) for after in lines[i + 1 :] if after.before)
+            one = f"(?!{later}){line.pattern}" if line.optional and later else line.pattern  # a later line is not taken for this one
+            one = one if first and not line.optional else f"{one}\n" if first else f"\n{one}"
+            pattern += f"(?:{one})?" if line.optional else one
+            first = first and line.optional
+        match = re.fullmatch(pattern, text.strip())
+        return None if match is None else list(match.groups())
 
     def candidates(self, response: bool = False) -> list[tuple[Severity, str]]:
         """Every text from a verdict's start to the end of its severity's word, with that severity.
 
         One a severity where it is said first; where other lines come before it, one for each of their values, whose
-        probabilities add up.
+        probabilities add up. Raises MegamodError where those are free text.
         """
         before: list[Line] = []
         for line in self.lines(response):
             before.append(line)
             if line.part == "severity":
                 break
-        words = [[line.before + word for key, word in line.words.items() if line.part != "severity" or key != "none"] for line in before]
-        *_, severity = before
+        *others, severity = before
+        if any(line.part in ("categories", "reason") for line in others):
+            raise MegamodError("a verdict format in which categories or a reason stand before the severity: its severity has no score")
+        words = [[line.before + word for word in line.words.values()] + [""] * line.optional for line in before]
         named = {severity.before + word: key for key, word in severity.words.items()}
-        return [(cast(Severity, named[values[-1]]), "\n".join(values)) for values in itertools.product(*words)]
+        return [(cast(Severity, named[values[-1]]), "\n".join(filter(None, values))) for values in itertools.product(*words)]
 
 
 _YES_NO = {"yes": "yes", "no": "no", "none": "N/A"}

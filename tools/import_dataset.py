@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", help="which of the set's splits; needed where there are several")
     parser.add_argument("--limit", type=int, metavar="N", help="N rows of the split, chosen at random")
     parser.add_argument("--seed", type=int, help="of that choice (default 0)")
+    parser.add_argument("--balance", type=float, default=0.0, metavar="POWER", help="weigh rare labels more: 0 not at all, 1 all alike")
     parser.add_argument("--system", metavar="TEXT", help="a system message put first in every conversation")
     parser.add_argument("--sets", metavar="FILE.py", help="a Python file with SETS of your own")
     args = parser.parse_args(arguments)
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.seed is not None and args.limit is None:
             raise MegamodError("--seed without --limit: nothing is chosen at random; add --limit or leave --seed out")
         sets = {**SETS, **own(args.sets)} if args.sets else SETS
-        seed, options = args.seed or 0, {"split": args.split, "system": args.system}
+        seed, options = args.seed or 0, {"split": args.split, "system": args.system, "balance": args.balance}
         found = import_dataset(args.name, args.folder, args.out, limit=args.limit, seed=seed, sets=sets, **options)
     except MegamodError as error:
         print(f"megamod: error: {error}", file=sys.stderr)

@@ -145,15 +145,17 @@ class Encoder:
         return [(row.messages[:i], row.messages[i]["content"]) for i in (turns if self.cfg.turns == "each" else turns[-1:])]
 
     def _said(self, verdict: Verdict, row: Row) -> Verdict:
-        severity = verdict.severity
-        if severity == "controversial" and self.cfg.controversial != "keep":
-            severity = self.cfg.controversial
+        severity, request = verdict.severity, verdict.request
+        if self.cfg.controversial != "keep":
+            severity = self.cfg.controversial if severity == "controversial" else severity
+            request = self.cfg.controversial if request == "controversial" else request
         categories = () if severity == "safe" else verdict.categories
         if severity not in self.format.severities:
             raise MegamodError(
                 f"{row.where}: label {severity!r}: the verdict format has no word for it; set data.chat.controversial to 'unsafe' or 'safe'"
             )
-        return replace(verdict, severity=severity, categories=categories, reason=verdict.reason if self.cfg.reasons else None)
+        reason = verdict.reason if self.cfg.reasons else None
+        return replace(verdict, severity=severity, request=request, categories=categories, reason=reason)
 
     def _document(self, row: Row, messages: Sequence[Message], answer: Verdict | str) -> Document:
         """Prompt and target as one document: the target's tokens are trained, the values of a verdict are marked."""
@@ -183,6 +185,8 @@ class Encoder:
         whole = self.tokenizer.render([*messages, {"role": "assistant", "content": text}], prompt=False, where=where)
         if whole.startswith(prompt) and (start := whole.find(text.strip(), len(prompt))) >= 0:
             return Rendered(prompt, whole[len(prompt) :], start - len(prompt))
+        if whole.startswith(prompt) and len(whole) > len(prompt) and not is_verdict:
+            return Rendered(prompt, whole[len(prompt) :], 0)  # a turn that the template writes in its own way, such as its thinking
         if is_verdict:  # a guard's own template, which renders every turn as what is to be judged
             return Rendered(prompt, text + self.tokenizer.end_text, 0)
         raise MegamodError(
@@ -221,9 +225,11 @@ class Encoder:
         text = messages[at]["content"]
         offsets = self.tokenizer.encode(text).offsets
         kept = len(offsets) - excess
-        if kept < 1:
+        # Tokens of less than a character share its place: where the first one to go begins, not where the last one kept ends.
+        end = min(int(offsets[kept - 1, 1]), int(offsets[kept, 0])) if kept > 0 else 0
+        if end == 0:
             return None
-        return [*messages[:at], {**messages[at], "content": text[: int(offsets[kept - 1, 1])]}, *messages[at + 1 :]]
+        return [*messages[:at], {**messages[at], "content": text[:end]}, *messages[at + 1 :]]
 
 
 def encoder(cfg: ChatConfig, model: str, limit: int | None = None) -> Encoder:
@@ -259,5 +265,5 @@ def read_settings(model: str | Path, default: ChatConfig) -> ChatConfig:
         return replace(default, format=format_from_json(about["format"]), template_arguments=about["template_arguments"])
     except FileNotFoundError:
         return default
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (MegamodError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MegamodError(f"{file}: damaged ({error}): remove it, and name the format yourself") from None

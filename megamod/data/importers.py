@@ -120,10 +120,11 @@ def import_dataset(
     limit: int | None = None,
     seed: int = 0,
     system: str | None = None,
+    balance: float = 0.0,
     sets: Mapping[str, Source] | None = None,
 ) -> Imported:
     """Write one split of a set as JSONL, whole or not at all. The arguments are those of `read_dataset`."""
-    found = read_dataset(name, folder, split=split, limit=limit, seed=seed, system=system, sets=sets)
+    found = read_dataset(name, folder, split=split, limit=limit, seed=seed, system=system, balance=balance, sets=sets)
     path = Path(out)
     draft = path.with_name(f".{path.name}.tmp")  # files.replace_text's
     try:
@@ -143,6 +144,7 @@ def read_dataset(
     limit: int | None = None,
     seed: int = 0,
     system: str | None = None,
+    balance: float = 0.0,
     sets: Mapping[str, Source] | None = None,
 ) -> Imported:
     """The rows of one split of a set, in its files' order.
@@ -154,6 +156,7 @@ def read_dataset(
         limit: keep this many rows, chosen at random. A larger limit with the same seed keeps those and more.
         seed: of that choice.
         system: a system message put before each conversation.
+        balance: rows weigh (rows ÷ (labels · rows of their label))^balance: 0 alike, 1 so that labels weigh alike.
         sets: the table; None: SETS.
 
     Raises:
@@ -191,6 +194,12 @@ def read_dataset(
     for row in rows:
         if system is not None:
             row["messages" if "messages" in row else "prompt"].insert(0, {"role": "system", "content": system})
+    if balance:
+        labels = Counter(row.get("label") for row in rows)
+        if None in labels:
+            raise MegamodError(f"balance = {balance}: rows of {name} have no label to weigh them by")
+        for row in rows:
+            row["weight"] = round((len(rows) / (len(labels) * labels[row["label"]])) ** balance, 4)
     return Imported(rows, found, +skipped)
 
 

@@ -9,13 +9,14 @@
 | `text` | classification sets | one user message |
 
 `system` may stand beside all but the first. Beside the conversation a row may have `label` (safe, controversial, unsafe),
-`categories`, `reason`, `refusal`, `request`, `language`, `kind` (a slice to measure by), `weight` and `id`. Other keys are left alone and counted, unless one
-looks like a mistyped one of these.
+`categories`, `reason`, `refusal`, `request`, `language`, `kind` (a slice to measure by), `weight` and `id`. Other keys are left
+alone and counted, unless one looks like a mistyped one of these.
 """
 
 import difflib
 import json
 import math
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from megamod.verdicts import SEVERITIES, Severity, Verdict
 Message = Mapping[str, str]  # role and content, as chat templates take them
 Json = Mapping[str, Any]
 
+HALF = re.compile("[\ud800-\udfff]")
 LARGEST_WEIGHT = 3.4028234663852886e38  # a batch keeps weights in float32
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
@@ -104,6 +106,8 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
         raise MegamodError(f"{where}: not JSON that can be read, {error}") from None
     if not isinstance(record, dict):
         raise MegamodError(f"{where}: {reprlib.repr(record)}: a JSON object was expected")
+    if b"\\ud" in line.lower() and (half := HALF.search(json.dumps(record, ensure_ascii=False))):
+        raise MegamodError(f"{where}: {half[0]!a}: half a character (an unpaired surrogate), which no text in UTF-8 can hold")
     return record
 
 
@@ -161,7 +165,7 @@ def _sharegpt(record: Json, where: str) -> Iterator[Message]:
     for i, turn in enumerate(_list(record, "conversations", where)):
         place = f"{where}: conversations[{i}]"
         speaker, value = _entries(turn, "from", "value", place)
-        if speaker not in SHAREGPT:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT:
             raise MegamodError(f"{place}: from = {reprlib.repr(speaker)}: one of {', '.join(SHAREGPT)} was expected")
         yield _message(SHAREGPT[speaker], value, place)
 

@@ -35,6 +35,7 @@ from megamod.errors import MegamodError, listed
 FORMAT = 1
 PART_LINES = 2000  # of the JSONL file: what one process does at a time, and what a kill loses
 MANIFEST = "store.json"
+COUNTS = ("rows", "documents", "skipped", "cut", "tokens", "trained", "verdicts", "largest")  # largest: of the token ids
 Array = npt.NDArray[Any]
 
 
@@ -222,16 +223,27 @@ def prepare(
         if found["digest"] != digest:
             raise MegamodError(f"{target}: a store of another file, tokenizer, template or option: remove it, or use another name")
         return Prepared(str(target), found["counts"], found["unread"])
+    if target.exists():
+        raise MegamodError(f"{target}: exists and is no store: use another name")
     parts = target.with_name(f".{target.name}.{digest[:12]}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    tasks = [_Task(str(path), start, line, parts / f"{i:06d}.npz") for i, (start, line) in enumerate(scan.parts)]
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MegamodError(f"{into}: {error.strerror or error}: a folder that can be made was expected") from None
+    tasks = [_Task(str(path), start, line, PART_LINES, parts / f"{i:06d}.npz") for i, (start, line) in enumerate(scan.parts)]
     todo = [task for task in tasks if not task.part.exists()]
     work = _Work(todo, chat, model, limit, vocab, scan.is_tokenised)
     bar = tqdm(total=len(tasks) * PART_LINES, initial=(len(tasks) - len(todo)) * PART_LINES, desc=f"encoding {path}", unit=" rows", delay=3)
-    with bar:
-        for _ in _in_processes(work, processes) if processes > 1 and len(todo) > 1 else work.run(made, 0, 1):
-            bar.update(PART_LINES)
-    counts, unread = _assemble(tasks, target, {"digest": digest, "identity": identity, "source": str(path)})
+    try:
+        with bar:
+            for _ in _in_processes(work, processes) if processes > 1 and len(todo) > 1 else work.run(made, 0, 1):
+                bar.update(PART_LINES)
+        counts, unread = _assemble(tasks, target, {"digest": digest, "identity": identity, "source": str(path)})
+    except _Died:
+        raise  # the parts that are done wait for the next attempt
+    except MegamodError:
+        shutil.rmtree(parts, ignore_errors=True)  # the file will be another one when it is mended
+        raise
     shutil.rmtree(parts, ignore_errors=True)
     return Prepared(str(target), counts, unread)
 
@@ -246,6 +258,7 @@ class _Task(NamedTuple):
     path: str
     start: int  # byte
     line: int  # counts from 1
+    lines: int  # at most
     part: Path
 
 
@@ -291,7 +304,7 @@ class _Work:
         unread: Counter[str] = Counter()
         with open(task.path, "rb") as file:
             file.seek(task.start)
-            for number in range(task.line, task.line + PART_LINES):
+            for number in range(task.line, task.line + task.lines):
                 line = file.readline()
                 if not line:
                     break
@@ -322,6 +335,10 @@ class _Work:
         return [document]
 
 
+class _Died(MegamodError):
+    """A process that encodes has ended without a word."""
+
+
 def _in_processes(work: _Work, processes: int) -> Iterator[None]:
     """Encode with several processes: process p takes parts p, p + processes, …"""
     context = multiprocessing.get_context("spawn")
@@ -336,7 +353,7 @@ def _in_processes(work: _Work, processes: int) -> Iterator[None]:
                 fault = answers.get(timeout=5)
             except queue.Empty:
                 if all(worker.exitcode is not None for worker in workers) and answers.empty():
-                    raise MegamodError("a process that encodes has died (killed for its memory?): use fewer processes") from None
+                    raise _Died("a process that encodes has died (killed for its memory?): use fewer processes") from None
                 continue
             if fault is not None:
                 raise fault
@@ -345,6 +362,7 @@ def _in_processes(work: _Work, processes: int) -> Iterator[None]:
     finally:
         for worker in workers:
             worker.terminate()
+            worker.join()
 
 
 def _serve(work: _Work, first: int, stride: int, answers: Any) -> None:
@@ -365,9 +383,10 @@ def _write_part(part: Path, documents: Sequence[Document], counts: Mapping[str, 
         joined = np.concatenate(values) if column.per == "token" and values else np.array(values)
         arrays[column.name] = joined.astype(column.dtype)
     arrays["about"] = np.frombuffer(json.dumps([counts, unread]).encode(), np.uint8)
-    draft = part.with_suffix(".tmp")
+    draft = part.with_suffix(f".{os.getpid()}.tmp")  # a process of an attempt that was killed may still be writing its own
     with draft.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+    files.sync(draft)
     os.replace(draft, part)
 
 
@@ -376,9 +395,9 @@ def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) ->
     draft = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    counts: Counter[str] = Counter({"rows": 0, "documents": 0, "skipped": 0, "cut": 0, "tokens": 0, "trained": 0, "verdicts": 0})
+    counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
     unread: Counter[str] = Counter()
-    largest, digests = -1, {column.name: hashlib.sha256() for column in COLUMNS}
+    digests = {column.name: hashlib.sha256() for column in COLUMNS}
     lengths = []
     writers = {column.name: (draft / f"{column.name}.bin").open("wb") for column in COLUMNS}
     try:
@@ -395,7 +414,7 @@ def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) ->
                 firsts = np.cumsum(part["lengths"]) - part["lengths"]
                 counts["trained"] += int(part["trained"].sum() - part["trained"][firsts].sum())  # a first token is never predicted
                 counts["verdicts"] += int(part["verdict"].sum())
-                largest = max(largest, int(part["tokens"].max(initial=-1)))
+                counts["largest"] = max(counts["largest"], int(part["tokens"].max(initial=0)))
     finally:
         for writer in writers.values():
             writer.close()
@@ -407,13 +426,11 @@ def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) ->
     whole = hashlib.sha256(json.dumps([hashlib.sha256(offsets.tobytes()).hexdigest(), *(d.hexdigest() for d in digests.values())]).encode())
     manifest = {
         "format": FORMAT, "columns": {c.name: {"per": c.per, "dtype": c.dtype} for c in COLUMNS},
-        "counts": {**counts, "largest": largest}, "unread": dict(unread), "fingerprint": whole.hexdigest(), **about,
+        "counts": dict(counts), "unread": dict(unread), "fingerprint": whole.hexdigest(), **about,
     }  # fmt: skip
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     for file in draft.iterdir():
         files.sync(file)
-    if target.exists():
-        raise MegamodError(f"{target}: exists and is no store: use another name")
     os.rename(draft, target)
     files.sync(target.parent)
     return manifest["counts"], manifest["unread"]
@@ -426,6 +443,10 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         columns = {name: (entry["per"], entry["dtype"]) for name, entry in manifest["columns"].items()}
         if manifest["format"] != FORMAT:
             raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}: prepare it again")
+        numbers = [manifest["counts"][key] for key in COUNTS]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"counts {numbers}")
+        str(manifest["digest"] + manifest["fingerprint"]), dict(manifest["unread"])
     except OSError as error:
         raise MegamodError(f"{file}: {error.strerror or error}: a store made by tools/prepare_data.py was expected") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

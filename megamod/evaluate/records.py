@@ -55,7 +55,7 @@ def read(path: str | Path) -> list[Judged]:
 def _judged(record: dict[str, Any], where: str) -> Judged:
     scores = record.get("scores")
     if not isinstance(scores, dict) or not scores or not all(s in SEVERITIES and isinstance(p, int | float) for s, p in scores.items()):
-        raise MegamodError(f"{where}: scores = {reprlib.repr(scores)}: probabilities by severity were expected, as tools/judge.py writes them")
+        raise MegamodError(f"{where}: scores = {reprlib.repr(scores)}: probabilities by severity were expected")
     label = record.get("label")
     if label is not None and label not in SEVERITIES:
         raise MegamodError(f"{where}: label = {reprlib.repr(label)}: one of {', '.join(SEVERITIES)} was expected")
