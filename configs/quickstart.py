@@ -16,12 +16,12 @@ RUN = "runs/quickstart"
 def config() -> RunConfig:
     return RunConfig(
         dir=RUN,
-        steps=300,
+        steps=360,
         model=ModelConfig(path=f"{RUN}/base", dtype="bfloat16" if torch.cuda.is_available() else "float32"),
-        data=DataConfig(train=f"{RUN}/data/train.jsonl", row_length=512, rows_per_step=16, rows_per_micro_batch=2),
+        data=DataConfig(train=f"{RUN}/data/train.jsonl", row_length=512, rows_per_step=8, rows_per_micro_batch=2),
         loss=partial(losses.moderation, verdict_weight=4.0),
         optim=OptimConfig(lr=2e-3, warmup_steps=20, weight_decay=0.05),
         checkpoint=CheckpointConfig(export=True),
         log=LogConfig(every=20),
-        eval=EvalConfig(f"{RUN}/data/held_out.jsonl", every=100, limit=300),
+        eval=EvalConfig(f"{RUN}/data/held_out.jsonl", every=120, limit=300),
     )

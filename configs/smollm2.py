@@ -18,5 +18,5 @@ def config() -> RunConfig:
         loss=partial(losses.moderation, verdict_weight=4.0),
         optim=OptimConfig(lr=1e-4, warmup_steps=8, weight_decay=0.01),
         checkpoint=CheckpointConfig(every=30, export=True),
-        log=LogConfig(every=5),
+        log=LogConfig(every=2),
     )

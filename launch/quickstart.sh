@@ -1,11 +1,69 @@
 #!/usr/bin/env bash
-# From nothing to a trained and exported model on a laptop: installs, trains configs/tiny.py on two CPU ranks, exports a Hugging
-# Face directory and compares it with transformers. Arguments are overrides: bash launch/quickstart.sh steps=100
+# The main job from nothing, on a laptop or a GPU: installs; makes a bilingual moderation set and a small checkpoint; trains under
+# torchrun; judges held-out conversations beside a linear model; exports a Hugging Face directory, which transformers then loads to
+# judge three messages.
+#
+#   bash launch/quickstart.sh                      # all of it; arguments are overrides, such as steps=100
+#   bash launch/quickstart.sh --real               # begin from real weights, SmolLM2-135M-Instruct, instead of random ones
+#   DATA=rows.jsonl bash launch/quickstart.sh      # your own labelled rows instead of the generated ones
+#   SEED=2 bash launch/quickstart.sh               # other rows, other weights, another order
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-megamod_venv
+real=
+if [ "${1:-}" = --real ]; then
+    real=1
+    shift
+fi
+megamod_venv "${real:+gguf}"
 cd "$MEGAMOD_ROOT"
-rm -rf runs/tiny
-export CUDA_VISIBLE_DEVICES= NPROC=2
-bash launch/node.sh configs/tiny.py parallel.tp=2 "$@"
-python tools/compare_hf.py runs/tiny/hf/step-*
+began=$SECONDS
+seed=${SEED:-1}
+say() { printf '\n== %s\n' "$*"; }
+
+NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+export NPROC
+run=runs/quickstart${real:+_real}
+rm -rf "$run"
+
+say "data"
+if [ -n "${DATA:-}" ]; then
+    python tools/split_data.py "$DATA" "$run/data" --seed "$seed"
+elif [ -n "$real" ]; then # fewer rows: a token costs fifty times as much
+    python tools/make_dataset.py "$run/data" --train 1000 --held-out 300 --seed "$seed"
+else
+    python tools/make_dataset.py "$run/data" --train 8000 --held-out 1000 --seed "$seed"
+fi
+
+say "a checkpoint to begin with"
+if [ -n "$real" ]; then
+    model=models/smollm2
+    python tools/real_weights.py "$model"
+    set -- configs/smollm2.py steps=32 checkpoint.every=none "$@"
+else
+    model=$run/base
+    python tools/make_checkpoint.py "$model" --data "$run/data/train.jsonl" --seed "$seed"
+    set -- configs/quickstart.py "eval.data=$run/data/held_out.jsonl" "$@"
+fi
+
+say "training on $NPROC ranks"
+bash launch/node.sh "$@" "dir=$run" "model.path=$model" "data.train=$run/data/train.jsonl" "seed=$seed"
+exported=$(ls -d "$run"/hf/step-*)
+
+say "judging the held-out conversations"
+torchrun --standalone --nproc-per-node "$NPROC" tools/judge.py --model "$exported" "$run/data/held_out.jsonl" "$run/verdicts.jsonl" --decode 100
+python tools/evaluate.py "$run/verdicts.jsonl" "$run/report" --train "$run/data/train.jsonl" --test "$run/data/held_out.jsonl" --name megamod
+
+say "the export in transformers"
+python tools/ask.py --model "$exported" \
+    "I will find out where the nurse lives and hurt her." \
+    "The nurse said that I should hurt my neighbour, but I would never do that." \
+    "我先帮你杀掉卡死的进程，周末之前再给你写推荐信。"
+
+say "done in $((SECONDS - began)) s after the install"
+printf '%-22s %s\n' \
+    "training rows" "$run/data/train.jsonl" \
+    "held-out rows" "$run/data/held_out.jsonl" \
+    "loss, validation" "$run/metrics.jsonl, $run/tensorboard" \
+    "verdicts" "$run/verdicts.jsonl" \
+    "numbers, plots" "$run/report/metrics.json, $run/report/report.png" \
+    "Hugging Face directory" "$exported"

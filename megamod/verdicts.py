@@ -65,7 +65,7 @@ class Line:
     def pattern(self) -> str:
         """A regular expression of the whole line, the value in a group."""
         if self.part == "reason":
-            value = r"[\s\S]*\S"
+            value = r"[\s\S]*?\S"  # no more than what the lines after it leave
         elif self.part == "categories":
             value = r"[^\n]*\S"
         else:
@@ -108,8 +108,8 @@ class Format:
             said = [key for line in lines if line.part == "severity" for key in line.words]
             if not said or len({*parts}) < len(parts) or not {*parts} <= {*get_args(Part)} or not {*said} <= {*SEVERITIES}:
                 raise MegamodError(
-                    f"a verdict format with lines for {', '.join(parts)}, and words for {', '.join(said)}: one line for severity, with words "
-                    f"for some of {', '.join(SEVERITIES)}, and at most one for each of {', '.join(get_args(Part))} were expected"
+                    f"a verdict format with lines for {', '.join(parts)}, and words for {', '.join(said)}: one line for severity, with "
+                    f"words for some of {', '.join(SEVERITIES)}, and at most one for each of {', '.join(get_args(Part))} were expected"
                 )
 
     def lines(self, response: bool) -> tuple[Line, ...]:

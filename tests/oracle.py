@@ -31,13 +31,17 @@ def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}
     hf.tie_weights()
-    if dtype is torch.float64:
-        for module in hf.modules():
-            kind = type(module).__name__
-            if kind.endswith("RMSNorm"):
-                module.forward = _rms_norm.__get__(module)
-            elif kind.endswith("RotaryEmbedding"):
-                module.forward = _rotary.__get__(module)
+    return in_double(hf) if dtype is torch.float64 else hf
+
+
+def in_double(hf: nn.Module) -> nn.Module:
+    """A float64 model of transformers' that keeps double in RMSNorm and RoPE, too."""
+    for module in hf.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            module.forward = _rms_norm.__get__(module)
+        elif kind.endswith("RotaryEmbedding"):
+            module.forward = _rotary.__get__(module)
     return hf
 
 

@@ -17,7 +17,8 @@ from megamod import config
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megamod"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-CONFIGS = {name: c for name, c in vars(config).items() if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == config.__name__}
+CLASSES = {name: c for name, c in vars(config).items() if isinstance(c, type) and c.__module__ == config.__name__}
+CONFIGS = {name: c for name, c in CLASSES.items() if dataclasses.is_dataclass(c)}
 
 MEGATRON = ("model/", "parallel/", "step.py", "optim.py")  # where megamod imports megatron-core
 PATCHES = "parallel/cpu.py"

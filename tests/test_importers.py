@@ -497,7 +497,7 @@ def test_an_old_file_stays_whole(tmp_path: Path) -> None:
     complaint(lambda: import_dataset("jigsaw_madlibs", folder, out))
     assert out.read_text() == "old\n"
     (tmp_path / "folder").mkdir()
-    for unwritable in (tmp_path / "folder", tmp_path / "absent" / "out.jsonl"):
+    for unwritable in (tmp_path / "folder", out / "inside a file.jsonl"):
         text = complaint(lambda path=unwritable: import_dataset("jigsaw_madlibs", madlibs(tmp_path / "set"), path))  # type: ignore[misc]
         assert text.startswith(f"{unwritable}: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out.jsonl", "set"]

@@ -128,6 +128,7 @@ def import_dataset(
     path = Path(out)
     draft = path.with_name(f".{path.name}.tmp")  # files.replace_text's
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
     except (OSError, UnicodeEncodeError) as error:
         if draft.is_file():

@@ -97,7 +97,7 @@ def lines_of(path: str | Path) -> Iterator[tuple[str, bytes]]:
 def json_object(line: bytes, where: str) -> dict[str, Any]:
     """The object that a line holds. Raises MegamodError."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8").rstrip())  # the break would make a fault at the line's end one of the next
     except UnicodeDecodeError as error:
         raise MegamodError(f"{where}: byte {error.start + 1} of the line is not UTF-8: save the file in UTF-8") from None
     except json.JSONDecodeError as error:
