@@ -45,11 +45,11 @@ def train(cfg: RunConfig) -> Path:
     optim.check(cfg.optim, shape)
     directory = Path(cfg.dir)
     checkpoints, hf = directory / "checkpoints", directory / "hf"
-    together(lambda: directory.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
-    together(lambda: _see(directory))
 
     d = cfg.data
     stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data"))
+    together(lambda: directory.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
+    together(lambda: _see(directory))
     documents = together(lambda: open_documents(d, [store.path for store in stores], shape.vocab, cfg.seed))
     assert documents is not None
     loader = Loader(

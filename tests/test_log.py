@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,22 +63,43 @@ def test_a_step_is_a_line_and_a_record(tmp_path: Path, clock: Clock, capsys: pyt
     clock.now += 2.0
     log.step(2, {"loss": 1.0, "nll/verdict": 0.5, "skipped": 1.0}, tokens=6000, flops=8 * 2.0 * 20e12)
     log.close()
-    lines = capsys.readouterr().out.splitlines()
+    lines = [re.sub(r" · \d+\.\d GiB", " · _ GiB", line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         # 50 of 200 TFLOP/s on each of 8 ranks; 9 steps of 4 s to go
-        "step 1/10 · loss 2.5000 · lr 1.00e-03 · grad norm 0.125 · 1,500 tok/s · 4.00 s · MFU 25.0% · ETA 0:00:36",
+        "step 1/10 · loss 2.5000 · lr 1.00e-03 · grad norm 0.125 · 1,500 tok/s · 4.00 s · MFU 25.0% · _ GiB · ETA 0:00:36",
         # 8 steps of 3 s on average to go
-        "step 2/10 · loss 1.0000 · nll/verdict 0.5000 · skipped 1 · 3,000 tok/s · 2.00 s · MFU 10.0% · ETA 0:00:24",
+        "step 2/10 · loss 1.0000 · nll/verdict 0.5000 · skipped 1 · 3,000 tok/s · 2.00 s · MFU 10.0% · _ GiB · ETA 0:00:24",
     ]
     first, second = records(tmp_path / "new" / "run")
     assert first == {
         "step": 1, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.125, "tokens_per_second": 1500.0, "step_seconds": 4.0,
-        "mfu": pytest.approx(0.25),
+        "mfu": pytest.approx(0.25), "memory_gib": first["memory_gib"],
     }  # fmt: skip
+    assert 0.05 < first["memory_gib"] < 50, "the process's peak"
     assert second == {
         "step": 2, "loss": 1.0, "nll/verdict": 0.5, "skipped": 1.0, "tokens_per_second": 3000.0, "step_seconds": 2.0,
-        "mfu": pytest.approx(0.10),
+        "mfu": pytest.approx(0.10), "memory_gib": second["memory_gib"],
     }  # fmt: skip
+
+
+def test_a_validation_is_a_line_and_a_record_and_no_step_s_time(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = start(tmp_path, tensorboard=True)
+    clock.now += 1.0
+    log.step(1, {"loss": 2.5}, tokens=100, flops=1.0)
+    clock.now += 60.0
+    log.validation(1, {"macro_f1": 0.75, "strict.auroc": None})
+    clock.now += 2.0
+    log.step(2, {"loss": 2.0}, tokens=100, flops=1.0)
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "validation after step 1 · macro_f1 0.7500 · 60.0 s"
+    assert " 50 tok/s · 2.00 s" in lines[2]
+    _, validation, second = records(tmp_path)
+    assert validation == {"step": 1, "eval/macro_f1": 0.75}
+    assert second["step_seconds"] == 2.0
+    assert scalars(tmp_path)["eval/macro_f1"] == {1: 0.75}
 
 
 def test_records_are_there_at_once(tmp_path: Path, clock: Clock) -> None:

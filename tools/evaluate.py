@@ -46,8 +46,9 @@ def main() -> int:
         print(f"megamod: error: {error}", file=sys.stderr)
         return 1
     table = Table(*["", *(name for name, _ in sides)], title=f"{args.verdicts}, [95 % intervals]")
-    for values in zip(*(headline(metrics) for _, metrics in sides), strict=False):
-        table.add_row(values[0][0], *(value for _, value in values))
+    columns = [dict(headline(metrics)) for _, metrics in sides]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(column.get(name, "–") for column in columns))
     Console().print(table)
     print(f"{metrics}\n{page}")
     return 0

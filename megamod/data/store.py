@@ -17,6 +17,7 @@ import shutil
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -226,6 +227,7 @@ def prepare(
     if target.exists():
         raise MegamodError(f"{target}: exists and is no store: use another name")
     parts = target.with_name(f".{target.name}.{digest[:12]}.parts")
+    new = [folder for folder in (parts, *parts.parents) if not folder.exists()]
     try:
         parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -243,6 +245,9 @@ def prepare(
         raise  # the parts that are done wait for the next attempt
     except MegamodError:
         shutil.rmtree(parts, ignore_errors=True)  # the file will be another one when it is mended
+        for folder in new[1:]:
+            with suppress(OSError):  # it holds something by now
+                folder.rmdir()
         raise
     shutil.rmtree(parts, ignore_errors=True)
     return Prepared(str(target), counts, unread)
