@@ -1,6 +1,6 @@
 """A model that judges, from a notebook or a tool: a Hugging Face directory or a run's checkpoint, on this process's grid.
 
-    moderator = Moderator("runs/quickstart/hf/step-00000400")
+with Moderator("runs/quickstart/hf/step-00000360") as moderator:
     for judged in moderator.judge(["I will find out where you live."], decode=None):
         print(judged.scores, judged.verdict)
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megamod import checkpoint
 from megamod.config import ChatConfig, Dtype, ModelConfig, ParallelConfig, Scoring
@@ -32,7 +31,8 @@ Conversation = str | Sequence[Mapping[str, Any]] | Row  # a user's message, `mes
 class Moderator:
     """Loads the model once; `judge` then takes any number of conversations.
 
-    Alone it joins a world of one; under torchrun every rank makes one and calls it alike.
+    Alone it joins a world of one; under torchrun every rank makes one and calls it alike. One grid at a time: close it, or use
+    `with`, before the next one or a training run.
 
     Args:
         path: a Hugging Face directory, or a checkpoint of a run: `<run>/checkpoints/step-…`.
@@ -92,9 +92,14 @@ class Moderator:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Leave the world that this process joined for it."""
-        if dist.is_initialized():
-            grids.leave()
+        """Give up the grid; the process stays joined, and may start another."""
+        grids.stop()
+
+    def __enter__(self) -> "Moderator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _open(path: Path) -> tuple[Path, Source, ChatConfig]:

@@ -117,6 +117,7 @@ def train(cfg: RunConfig) -> Path:
             exported = export(chunks, shape, grid, target, source=cfg.model.path, companions=d.chat.tokenizer, texts=texts)
             log.say(f"exported {exported}")
     log.close()
+    grids.stop()  # the processes stay joined: a notebook may go on with another run, or judge with this one's model
     return directory
 
 

@@ -82,9 +82,7 @@ def test_a_step_is_a_line_and_a_record(tmp_path: Path, clock: Clock, capsys: pyt
     }  # fmt: skip
 
 
-def test_a_validation_is_a_line_and_a_record_and_no_step_s_time(
-    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_validation_is_a_line_and_a_record_and_no_step_s_time(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     log = start(tmp_path, tensorboard=True)
     clock.now += 1.0
     log.step(1, {"loss": 2.5}, tokens=100, flops=1.0)

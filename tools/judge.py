@@ -55,7 +55,7 @@ def main() -> int:
     if moderator.is_first:
         flagged = sum(max(one.scores, key=lambda s: one.scores[s]) != "safe" for one in judged)
         print(f"{args.out}: {len(rows):,} verdicts, {flagged:,} not safe")
-    moderator.close()
+    grids.leave()
     return 0
 
 
