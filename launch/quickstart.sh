@@ -52,10 +52,11 @@ exported=$(ls -d "$run"/hf/step-*)
 say "judging the held-out conversations"
 torchrun --standalone --nproc-per-node "$NPROC" tools/judge.py --model "$exported" "$run/data/held_out.jsonl" "$run/verdicts.jsonl" --decode 100
 python tools/evaluate.py "$run/verdicts.jsonl" "$run/report" --train "$run/data/train.jsonl" --test "$run/data/held_out.jsonl" --name megamod
+python tools/plot_run.py "$run" "$run/report/curves.png"
 
 say "the export in transformers"
 python tools/ask.py --model "$exported" \
-    "I will find out where the nurse lives and hurt her." \
+    "I am going to hurt the nurse after class." \
     "The nurse said that I should hurt my neighbour, but I would never do that." \
     "我先帮你杀掉卡死的进程，周末之前再给你写推荐信。"
 
@@ -63,7 +64,7 @@ say "done in $((SECONDS - began)) s after the install"
 printf '%-22s %s\n' \
     "training rows" "$run/data/train.jsonl" \
     "held-out rows" "$run/data/held_out.jsonl" \
-    "loss, validation" "$run/metrics.jsonl, $run/tensorboard" \
+    "loss, validation" "$run/metrics.jsonl, $run/report/curves.png, $run/tensorboard" \
     "verdicts" "$run/verdicts.jsonl" \
     "numbers, plots" "$run/report/metrics.json, $run/report/report.png" \
     "Hugging Face directory" "$exported"

@@ -78,6 +78,8 @@ def test_without_torchrun_too(capsys: pytest.CaptureFixture[str], monkeypatch: p
         ("torch", "2.9.0", "torch 2.9.0 is installed"),
         ("torch", "3.0.0", "torch 3.0.0 is installed"),
         ("torch", "1.13.0", "torch 1.13.0 is installed"),
+        ("transformers", "5.24.0", "transformers 5.24.0 is installed, megamod fits 5.23 up to below 5.24"),
+        ("transformers", "4.57.1", "transformers 4.57.1 is installed"),
     ],
 )
 def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch, package: str, found: str, wrong: str) -> None:

@@ -122,6 +122,12 @@ def test_a_run_leaves_all_that_tells_of_it(folder: Path, run: Path) -> None:
     assert about["config"]["eval"]["every"] == 2
 
 
+def test_a_run_is_plotted(run: Path, tmp_path: Path) -> None:
+    assert tool("plot_run", run, tmp_path / "new" / "curves.png") == f"{tmp_path / 'new' / 'curves.png'}\n"
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "metrics.jsonl: No such file" in refusal("plot_run", tmp_path, tmp_path / "none.png")
+
+
 def best(run: Path) -> int:
     values = [(line["macro_f1"], -line["step"]) for line in lines(run / "validations.jsonl")]
     return -max(values)[1]

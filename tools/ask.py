@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -82,7 +82,8 @@ def load(directory: str) -> Any:
 
 def table(answers: Sequence[Answer]) -> Table:
     """One line a message: the verdict, or the raw text where there is none."""
-    shown = Table("message", "severity", "categories", "reason")
+    # fold: Chinese has no spaces to break at, and would be cut off
+    shown = Table(*(Column(name, overflow="fold") for name in ("message", "severity", "categories", "reason")))
     for answer in answers:
         v = answer.verdict
         if v is None:

@@ -144,9 +144,7 @@ def _name_files(own: Sequence[Sequence[str]], shape: Shape, grid: Grid) -> list[
     return files
 
 
-def _prepare(
-    shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype, companions: Path, texts: Mapping[str, str]
-) -> None:
+def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype, companions: Path, texts: Mapping[str, str]) -> None:
     """Rank 0, first: refuse what cannot succeed, then begin the draft with all but the weights."""
     check(shape, source, target)
     target.parent.mkdir(parents=True, exist_ok=True)

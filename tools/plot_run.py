@@ -1,0 +1,87 @@
+"""Plot a run: its losses, what its validations found, learning rate and gradient norm, from metrics.jsonl.
+
+python tools/plot_run.py runs/quickstart runs/quickstart/curves.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megamod.data.jsonl import json_object, lines_of
+from megamod.errors import MegamodError
+
+Curve = tuple[list[int], list[float]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run's directory")
+    parser.add_argument("out", type=Path, help="a PNG file")
+    args = parser.parse_args()
+    try:
+        plot(curves(args.run / "metrics.jsonl"), args.run.name, args.out)
+    except MegamodError as error:
+        print(f"megamod: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"megamod: error: {error.filename}: {error.strerror}: a PNG file that can be written was expected", file=sys.stderr)
+        return 1
+    print(args.out)
+    return 0
+
+
+def curves(file: Path) -> dict[str, Curve]:
+    """Steps and values of every metric of a run. Raises MegamodError for a file that is not there, or damaged."""
+    found: dict[str, Curve] = {}
+    for where, line in lines_of(file):
+        record: dict[str, Any] = json_object(line, where)
+        step = record.pop("step", None)
+        if not isinstance(step, int):
+            raise MegamodError(f"{where}: no step: a line of a run's metrics.jsonl was expected")
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    if not found:
+        raise MegamodError(f"{file}: no numbers: has the run made a step?")
+    return found
+
+
+def plot(found: dict[str, Curve], title: str, out: Path) -> None:
+    """One page: losses on the left, validations in the middle, learning rate and gradient norm on the right."""
+    figure = Figure(figsize=(14, 4), dpi=110, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    axes = figure.subplots(1, 3)
+    losses = [name for name in found if name == "loss" or name.startswith("nll")]
+    validations = [name for name in found if name.startswith("eval/")]
+    _draw(axes[0], found, losses, "loss", log=True)
+    _draw(axes[1], found, validations, "validation", marker="o")
+    _draw(axes[2], found, [name for name in ("grad_norm", "lr") if name in found], "gradient norm and learning rate", log=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.tmp")
+    figure.savefig(draft, format="png")
+    draft.replace(out)
+
+
+def _draw(axes: Axes, found: dict[str, Curve], names: list[str], title: str, *, log: bool = False, marker: str | None = None) -> None:
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9")
+    if not names:
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color="0.5")
+        return
+    for name in names:
+        axes.plot(*found[name], label=name.removeprefix("eval/"), marker=marker)
+    if log and any(value > 0 for name in names for value in found[name][1]):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
