@@ -23,5 +23,5 @@ def config() -> RunConfig:
         optim=OptimConfig(lr=2e-3, warmup_steps=20, weight_decay=0.05),
         checkpoint=CheckpointConfig(export=True),
         log=LogConfig(every=20),
-        eval=EvalConfig(f"{RUN}/data/held_out.jsonl", every=120, limit=300),
+        eval=EvalConfig(f"{RUN}/data/validation.jsonl", every=120),
     )

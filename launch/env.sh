@@ -19,8 +19,10 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 MEGAMOD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$MEGAMOD_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# Make or reuse .venv with megamod and the extras given ("", "test", "cuda"); then use it.
+# Make or reuse .venv with megamod and the extras given ("", "gguf", "test", "cuda"); then use it. MEGAMOD_NO_INSTALL=1: use what is
+# on PATH as it is.
 megamod_venv() {
+    [ -n "${MEGAMOD_NO_INSTALL:-}" ] && return
     local extras=${1:+[$1]} python stamp
     stamp="$MEGAMOD_ROOT/.venv/.megamod-${1:-core}"
     if [ ! -x "$MEGAMOD_ROOT/.venv/bin/python" ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under ten minutes on one: tests marked gpu, then a real training step with tokens/s, MFU
-# and memory. Uses .venv if there is one, else the python on PATH, with what setup.py names and pytest. Both parts run, whatever the
-# first says; the exit status is the worse one. The report also goes to runs/gpu_check/report.txt.
+# Everything that only a GPU can show, in under ten minutes on one: tests marked gpu, a real training step with tokens/s, MFU and
+# memory, and the main job. Uses .venv if there is one, else the python on PATH, with what setup.py names and pytest. All parts run, whatever the
+# first says; the exit status is the last bad one. The report also goes to runs/gpu_check/report.txt.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [ -x "$MEGAMOD_ROOT/.venv/bin/python" ] && export PATH="$MEGAMOD_ROOT/.venv/bin:$PATH"
@@ -19,6 +19,7 @@ check() {
     python -c 'import torch, megatron.core; print("torch", torch.__version__, "· megatron-core", megatron.core.__version__)'
     python -m pytest -m gpu tests/test_gpu.py || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
+    MEGAMOD_NO_INSTALL=1 NPROC=1 bash launch/quickstart.sh || status=$?
     return "$status"
 }
 check 2>&1 | tee runs/gpu_check/report.txt

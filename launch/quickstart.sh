@@ -14,6 +14,17 @@ if [ "${1:-}" = --real ]; then
     real=1
     shift
 fi
+for argument in "$@"; do
+    case $argument in
+        dir=* | model.path=* | data.train=* | eval.data=* | seed=* | checkpoint.export=*)
+            echo "megamod: error: $argument: the quickstart sets it itself; use launch/node.sh, or SEED=… and DATA=…" >&2
+            exit 1
+            ;;
+    esac
+done
+if [ -n "${DATA:-}" ]; then # seen from where the user is
+    DATA=$(realpath -e -- "$DATA") || exit 1
+fi
 megamod_venv "${real:+gguf}"
 cd "$MEGAMOD_ROOT"
 began=$SECONDS
@@ -23,16 +34,20 @@ say() { printf '\n== %s\n' "$*"; }
 NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 export NPROC
 run=runs/quickstart${real:+_real}
-rm -rf "$run"
+new=$(mktemp -d) # the rows may come from an earlier quickstart's folder
+trap 'rm -rf "$new"' EXIT
 
 say "data"
 if [ -n "${DATA:-}" ]; then
-    python tools/split_data.py "$DATA" "$run/data" --seed "$seed"
+    python tools/split_data.py "$DATA" "$new/data" --seed "$seed"
 elif [ -n "$real" ]; then # fewer rows: a token costs fifty times as much
-    python tools/make_dataset.py "$run/data" --train 1000 --held-out 300 --seed "$seed"
+    python tools/make_dataset.py "$new/data" --train 1000 --held-out 300 --seed "$seed"
 else
-    python tools/make_dataset.py "$run/data" --train 8000 --held-out 1000 --seed "$seed"
+    python tools/make_dataset.py "$new/data" --train 8000 --validation 300 --held-out 1000 --seed "$seed"
 fi
+rm -rf "$run"
+mkdir -p "$run"
+mv "$new/data" "$run/data"
 
 say "a checkpoint to begin with"
 if [ -n "$real" ]; then
@@ -42,7 +57,7 @@ if [ -n "$real" ]; then
 else
     model=$run/base
     python tools/make_checkpoint.py "$model" --data "$run/data/train.jsonl" --seed "$seed"
-    set -- configs/quickstart.py "eval.data=$run/data/held_out.jsonl" "$@"
+    set -- configs/quickstart.py "eval.data=$run/data/validation.jsonl" "$@"
 fi
 
 say "training on $NPROC ranks"

@@ -106,14 +106,12 @@ def latest(directory: str | Path) -> Path | None:
     return root / name
 
 
-def at(directory: str | Path, step: int) -> Path:
-    """The whole checkpoint after step `step`; the newer of two. Raises MegamodError where there is none."""
+def at(directory: str | Path, step: int) -> Path | None:
+    """The whole checkpoint after step `step`, the newer of two; None where there is none."""
     usual = f"step-{step:08d}"
     found = [Path(directory) / name / "manifest.json" for name in (usual, f"{usual}-again")]
     found = [file for file in found if file.is_file()]
-    if not found:
-        raise MegamodError(f"{Path(directory) / usual}: no checkpoint is there, and it was the best")
-    return max(found, key=lambda file: file.stat().st_mtime_ns).parent
+    return max(found, key=lambda file: file.stat().st_mtime_ns).parent if found else None
 
 
 def read_about(path: str | Path) -> tuple[int, dict[str, Any]]:

@@ -116,7 +116,7 @@ class EvalConfig:
     scoring: Scoring = "whole"
     decode: int = 0  # of how many rows the verdict is decoded too, for categories and the parse rate
     max_new_tokens: int = 128
-    metric: str = "macro_f1"  # the larger the better; a path into the metrics, such as strict.auroc
+    metric: str = "macro_f1"  # what decides which step is best: a name of metrics.HEADLINE, such as strict.auroc
     keep_best: bool = True  # export the step with the best metric, not the last one
     patience: int | None = None  # stop after so many validations without a better one; None: never
 
@@ -261,6 +261,8 @@ def check(cfg: RunConfig) -> None:
             (e.patience is not None and e.every is None, "eval.patience", "eval.every is None"),
             (e.max_new_tokens != EvalConfig.max_new_tokens and not e.decode, "eval.max_new_tokens", "eval.decode is 0"),
         ]
+        if e.decode and e.max_new_tokens >= cfg.data.row_length:
+            raise MegamodError(f"eval.max_new_tokens = {e.max_new_tokens}: must be below data.row_length = {cfg.data.row_length}")
     for is_unused, key, why in unused:
         if is_unused:
             raise MegamodError(f"{key} would not be read: {why}")
@@ -380,8 +382,21 @@ def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
     if head not in names:
         raise MegamodError(f"override {key}={text}: {type(node).__name__} has no field {head!r}, {nearest(head, names)}")
     hint = typing.get_type_hints(type(node))[head]
+    if rest and getattr(node, head) is None:
+        return dataclasses.replace(node, **{head: _made(hint, rest, text, key)})
     value = _replace(getattr(node, head), rest, text, key) if rest else _parse(text, hint, key)
     return dataclasses.replace(node, **{head: value})
+
+
+def _made(hint: Any, path: list[str], text: str, key: str) -> Any:
+    """What is None so far, begun by its one field without a default: `eval.data=held_out.jsonl`."""
+    for cls in filter(dataclasses.is_dataclass, typing.get_args(hint)):
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        if path == needed:
+            return typing.cast(Any, cls)(**{path[0]: _parse(text, typing.get_type_hints(cls)[path[0]], key)})
+        if len(needed) == 1:
+            raise MegamodError(f"override {key}={text}: {key.rpartition('.')[0]} is None: give {key.rpartition('.')[0]}.{needed[0]} first")
+    raise MegamodError(f"override {key}={text}: {path[0]!r} is below a plain value")
 
 
 def _rebind(function: Callable[..., Any], name: str, text: str, key: str) -> Callable[..., Any]:

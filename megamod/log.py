@@ -39,6 +39,7 @@ class Log:
         self.peak = cfg.peak_tflops or _known_peak(device)
         self._began, self._first, self._last = time.perf_counter(), first, time.perf_counter()
         self._tokens, self._flops, self._since = 0, 0.0, 0
+        self._pending: tuple[int, Mapping[str, float | torch.Tensor]] | None = None
         if active:
             directory.mkdir(parents=True, exist_ok=True)
             _forget_after(directory / "metrics.jsonl", first)
@@ -55,8 +56,14 @@ class Log:
         if not self.active:
             return
         self._tokens, self._flops, self._since = self._tokens + tokens, self._flops + flops, self._since + 1
-        if number % self.cfg.every and number != self.steps:
-            return
+        self._pending = (number, values)
+        if number % self.cfg.every == 0 or number == self.steps:
+            self._report()
+
+    def _report(self) -> None:
+        """The line and the record of the step at hand."""
+        assert self._pending is not None
+        (number, values), self._pending = self._pending, None
         numbers = {name: float(value) for name, value in values.items()}
         # A mean over nothing, such as verdict tokens in a step without one, is not a number to report; a loss always is.
         record = {name: x for name, x in numbers.items() if name in ("loss", "grad_norm") or not math.isnan(x)}
@@ -74,12 +81,12 @@ class Log:
         print(f"step {number}/{self.steps} · {_line(record)} · ETA {timedelta(seconds=round(eta))}", flush=True)
         self._keep(number, record)
 
-    def validation(self, number: int, values: Mapping[str, float | None]) -> None:
-        """After a validation that follows step `number`: what it found, by name. Its time counts as no step's."""
+    def validation(self, number: int, values: Mapping[str, float | None], seconds: float) -> None:
+        """After a validation that follows step `number` and took `seconds`, which count as no step's: what it found, by name."""
         if not self.active:
             return
         known = {f"eval/{name}": value for name, value in values.items() if value is not None}
-        seconds, self._last = time.perf_counter() - self._last, time.perf_counter()
+        self._last += seconds
         found = " · ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in known.items())
         print(f"validation after step {number} · {found} · {seconds:.1f} s", flush=True)
         self._keep(number, known)
@@ -95,6 +102,8 @@ class Log:
 
     def close(self) -> None:
         if self.active:
+            if self._pending is not None:  # the run has ended early
+                self._report()
             self._metrics.close()
             if self._board is not None:
                 self._board.close()

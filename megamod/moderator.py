@@ -6,6 +6,7 @@ with Moderator("runs/quickstart/hf/step-00000360") as moderator:
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megamod.parallel.collectives import together
 from megamod.verdicts import Format, format_from_json
 from megamod.weights.load import Safetensors, Source, load
 
-Conversation = str | Sequence[Mapping[str, Any]] | Row  # a user's message, `messages`, or a row
+Conversation = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Row  # a user's message, `messages`, a JSONL row, a Row
 
 
 class Moderator:
@@ -39,7 +40,7 @@ class Moderator:
         parallel: the grid.
         dtype: None: bfloat16 on a GPU, float32 elsewhere.
         format: the verdict format; None: what the directory says (`moderation.json`, the checkpoint's run), else qwen3guard.
-        row_length: tokens of a packed row; a longer conversation is cut.
+        row_length: tokens of a packed row; a longer conversation is read in windows.
 
     Raises:
         MegamodError: no model there, one that the grid does not fit, or a tokenizer that cannot be used.
@@ -56,21 +57,25 @@ class Moderator:
     ) -> None:
         origin, source, settings = _open(Path(path))
         if format is not None:
-            settings = ChatConfig(**{**vars(settings), "format": format})
+            settings = replace(settings, format=format)
         shape = read_shape(origin)
-        parallel = parallel or ParallelConfig()
-        self._grid = grids.start(parallel, shape, seed=1)
-        unit = parallel.cp * (parallel.tp if parallel.sp else 1)
-        if row_length < 1 or row_length % unit:
-            raise MegamodError(f"row_length = {row_length}: a multiple of {unit} was expected, for cp and sp")
-        chosen: Dtype = dtype or ("bfloat16" if self._grid.device.type == "cuda" else "float32")
-        self._chunks, _ = build(ModelConfig(path=str(origin), dtype=chosen), shape, self._grid)
-        together(lambda: load(self._chunks, shape, self._grid, source, where=str(path)))
-        for chunk in self._chunks:
-            chunk.to(self._grid.device).requires_grad_(False)
-        encoder = together(lambda: chat.encoder(settings, str(origin), row_length))
+        if row_length < 1:
+            raise MegamodError(f"row_length = {row_length}: must be at least 1")
+        # Beyond its window, or the length that its RoPE was trained for, the model would be another one.
+        row_length = min(row_length, shape.longest_document or row_length)
+        self._grid = grids.start(parallel or ParallelConfig(), shape, seed=1)
+        try:
+            chosen: Dtype = dtype or ("bfloat16" if self._grid.device.type == "cuda" else "float32")
+            self._chunks, _ = build(ModelConfig(path=str(origin), dtype=chosen), shape, self._grid)
+            together(lambda: load(self._chunks, shape, self._grid, source, where=str(path)))
+            for chunk in self._chunks:
+                chunk.to(self._grid.device).requires_grad_(False)
+            encoder = together(lambda: chat.encoder(settings, str(origin), row_length))
+        except MegamodError:
+            self.close()
+            raise
         assert encoder is not None
-        self._encoder, self._row_length = encoder, row_length
+        self._encoder = encoder
 
     @property
     def is_first(self) -> bool:
@@ -84,12 +89,11 @@ class Moderator:
 
         See `megamod.evaluate.judge.judge`. Every rank has the result.
         """
+        if isinstance(conversations, str):
+            raise MegamodError("judge takes a list of conversations: judge([text])")
         rows = [_row(conversation, i) for i, conversation in enumerate(conversations)]
         with torch.no_grad():
-            return judge(
-                self._chunks, self._grid, rows, self._encoder, row_length=self._row_length, scoring=scoring, decode=decode,
-                max_new_tokens=max_new_tokens,
-            )  # fmt: skip
+            return judge(self._chunks, self._grid, rows, self._encoder, scoring=scoring, decode=decode, max_new_tokens=max_new_tokens)
 
     def close(self) -> None:
         """Give up the grid; the process stays joined, and may start another."""
@@ -112,7 +116,12 @@ def _open(path: Path) -> tuple[Path, Source, ChatConfig]:
             saved = dict(masters.about["data.chat"])
             format = saved["format"]
             saved["format"] = format if isinstance(format, str) else format_from_json(format)
-            return Path(masters.about["model.path"]), masters, ChatConfig(**saved)
+            origin = Path(masters.about["model.path"])
+            if not origin.is_dir():
+                raise MegamodError(
+                    f"{path}: its run began from {origin}, which is not here: judge where the run was started, or its export"
+                )
+            return origin, masters, ChatConfig(**saved)
         except (KeyError, TypeError) as error:
             raise MegamodError(f"{path}: a checkpoint that does not say how its run read conversations ({error})") from None
     raise MegamodError(f"{path}: neither a Hugging Face directory (config.json) nor a run's checkpoint (<run>/checkpoints/step-…)")
@@ -121,5 +130,6 @@ def _open(path: Path) -> tuple[Path, Source, ChatConfig]:
 def _row(conversation: Conversation, number: int) -> Row:
     if isinstance(conversation, Row):
         return conversation
-    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
-    return row_of({"messages": messages}, f"conversation {number}")
+    if isinstance(conversation, str):
+        conversation = {"text": conversation}
+    return row_of(conversation if isinstance(conversation, Mapping) else {"messages": list(conversation)}, f"conversation {number}")

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m megamod.train configs/tiny.py parallel.tp=2
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,19 @@ from megamod.weights.load import Random, Safetensors, Source, load
 def train(cfg: RunConfig) -> Path:
     """Run `cfg` from its start, or from its newest checkpoint. Every rank calls it. Returns the run's directory.
 
+    The processes stay joined afterwards: a notebook may go on with another run, or judge with this one's model.
+
     Raises:
         MegamodError: whatever the user can mend, before the first step where that is possible.
     """
+    try:
+        return _train(cfg)
+    except MegamodError:
+        grids.stop()
+        raise
+
+
+def _train(cfg: RunConfig) -> Path:
     shape = model_shape(cfg)
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -63,7 +74,8 @@ def train(cfg: RunConfig) -> Path:
     }  # fmt: skip
     newest = checkpoint.latest(checkpoints) if cfg.checkpoint.resume == "auto" else None
     done = first = _steps_done(newest, identity, cfg.steps)
-    validation = together(lambda: _validation(cfg, directory, done))
+    validation = together(lambda: _validation(cfg, directory, first))
+    texts = together(lambda: chat.companions(d.chat))  # as they are now: the export is of what was trained
 
     chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     if cfg.checkpoint.export and first < cfg.steps:
@@ -88,7 +100,8 @@ def train(cfg: RunConfig) -> Path:
     if newest is not None:
         log.say(f"resumed after step {first} from {newest}")
 
-    while done < cfg.steps and not (validation is not None and validation.has_converged):
+    stopped = validation.stops if validation is not None else None
+    while done < cfg.steps and stopped is None:
         batches = loader.step(done)
         metrics = train_step(wrapped, batches, cfg.loss, grid)
         lr = learning_rate(cfg.optim, done, cfg.steps)
@@ -98,26 +111,28 @@ def train(cfg: RunConfig) -> Path:
         values = {**metrics, "lr": lr, "grad_norm": update.grad_norm, **({"skipped": 1.0} if update.skipped else {})}
         log.step(done, values, tokens=d.rows_per_step * d.row_length, flops=flops)
         if validation is not None and validation.is_due(done):
-            log.validation(done, validation.run(done, chunks, grid, d.row_length))
-        ends = done == cfg.steps or (validation is not None and validation.has_converged)
-        if ends or _is_scheduled(cfg, done) or (validation is not None and validation.keeps(done)):
+            began = time.perf_counter()
+            found = validation.run(done, chunks, grid)
+            log.validation(done, found, time.perf_counter() - began)
+            stopped = validation.stops
+        is_best = validation is not None and validation.kept == done
+        if done == cfg.steps or stopped is not None or is_best or _is_scheduled(cfg, done):
             log.say(f"saved {checkpoint.save(checkpoints, done, optimizer, grid, identity)}")
-            together(partial(_forget_beaten, cfg, checkpoints, validation, done), acts=grid.rank == 0)
+            together(partial(_forget_beaten, cfg, checkpoints, validation), acts=grid.rank == 0)
 
+    if stopped is not None:
+        log.say(f"stopped after step {done}: {stopped}")
     if cfg.checkpoint.export:
-        step = done
-        if validation is not None and validation.keeps(validation.best):
-            step = validation.best or done
-        target = hf / f"step-{step:08d}"
-        if not target.exists():  # else the run had ended before, and was only asked again
-            if step != done:
-                log.say(f"the best step is {step}")
-                checkpoint.resume(checkpoint.at(checkpoints, step), optimizer)
-            texts = chat.companions(d.chat)
-            exported = export(chunks, shape, grid, target, source=cfg.model.path, companions=d.chat.tokenizer, texts=texts)
+        best = validation.kept if validation is not None else None
+        target = hf / f"step-{best or done:08d}"
+        if target.exists():  # the run had ended before, and was only asked again
+            log.say(f"exported before: {target}")
+        else:
+            _restore(checkpoints, best, done, optimizer, log)
+            exported = export(chunks, shape, grid, target, source=cfg.model.path, tokenizer=d.chat.tokenizer, texts=texts)
             log.say(f"exported {exported}")
     log.close()
-    grids.stop()  # the processes stay joined: a notebook may go on with another run, or judge with this one's model
+    grids.stop()
     return directory
 
 
@@ -129,21 +144,36 @@ def _validation(cfg: RunConfig, directory: Path, done: int) -> Validation | None
     if cfg.eval is None:
         return None
     encoder = chat.encoder(cfg.data.chat, cfg.model.path, cfg.data.row_length)
-    return Validation(cfg.eval, labelled_rows(cfg.eval, cfg.seed), encoder, directory, done, cfg.steps)
+    rows = labelled_rows(cfg.eval, cfg.seed)
+    return Validation(
+        cfg.eval, rows, encoder, directory, done, cfg.steps, lambda step: checkpoint.at(directory / "checkpoints", step) is not None
+    )
 
 
-def _forget_beaten(cfg: RunConfig, checkpoints: Path, validation: Validation | None, step: int) -> None:
-    """The checkpoint that was kept for being the best, once another is, unless the schedule keeps it."""
-    beaten = validation.beaten if validation is not None and validation.keeps(step) else None
-    if beaten is not None and not _is_scheduled(cfg, beaten):
-        checkpoint.remove(checkpoint.at(checkpoints, beaten))
+def _forget_beaten(cfg: RunConfig, checkpoints: Path, validation: Validation | None) -> None:
+    """Remove what was kept for being the best and is not any more, unless the schedule keeps it or the run would resume from it."""
+    newest = checkpoint.latest(checkpoints)
+    for step in validation.beaten if validation is not None else ():
+        old = checkpoint.at(checkpoints, step)
+        if old is not None and old != newest and not _is_scheduled(cfg, step):
+            checkpoint.remove(old)
+
+
+def _restore(checkpoints: Path, best: int | None, done: int, optimizer: Optimizer, log: Log) -> None:
+    """The weights of the best step, where that is not the last."""
+    if best is None or best == done:
+        return
+    saved = checkpoint.at(checkpoints, best)
+    assert saved is not None, "a step without a checkpoint is never the best: Validation"
+    log.say(f"the best step is {best}")
+    checkpoint.resume(saved, optimizer)
 
 
 def _check_exports(shape: Shape, cfg: RunConfig, hf: Path, first: int) -> None:
     """Refuse, before the first step, what would stop the export after the last: whichever step is exported then."""
     in_the_way = [old for old in sorted(hf.glob("step-*")) if old.name[5:].isdecimal() and int(old.name[5:]) > first]
     for target in (*in_the_way, hf / f"step-{cfg.steps:08d}"):
-        check_export(shape, cfg.model.path, target)
+        check_export(shape, cfg.model.path, target, cfg.data.chat.tokenizer)
 
 
 def _see(directory: Path) -> None:

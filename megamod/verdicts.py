@@ -225,5 +225,9 @@ def format_of(name: str | Format) -> Format:
 
 
 def format_from_json(data: Mapping[str, Sequence[Mapping[str, Any]]]) -> Format:
-    """The Format that `dataclasses.asdict` wrote as JSON."""
+    """The Format that `dataclasses.asdict` wrote as JSON. Raises TypeError or MegamodError for what it did not write."""
+    for line in (line for lines in data.values() for line in lines):
+        texts = (line["before"], line["separator"], *line["words"], *line["words"].values())
+        if not all(isinstance(text, str) for text in texts) or not isinstance(line["only_unsafe"], bool):
+            raise TypeError(f"{dict(line)!r} is no line of a verdict")
     return Format(**{kind: tuple(Line(**line) for line in lines) for kind, lines in data.items()})

@@ -156,7 +156,7 @@ def test_ids_are_transformers_and_the_mask_is_what_follows_the_prompt(folder: Pa
     if not (folder.name.startswith("qwen3") and judged.is_response):  # see the next test
         assert document.tokens.tolist() == oracle(folder, whole)
     prompt = oracle(folder, judged.messages, prompt=True)
-    assert document.tokens[: len(prompt)].tolist() == prompt == encode.prompt(judged).tolist()
+    assert document.tokens[: len(prompt)].tolist() == prompt == encode.prompts(judged).windows[0].tolist()
     assert (document.labels[: len(prompt)] == -100).all() and (document.labels[len(prompt) :] != -100).all()
 
     said = trained(encode, document)
@@ -275,7 +275,7 @@ def test_template_arguments_reach_the_template(qwen3: Path) -> None:
     assert trained(quiet, a) == "Safety: Safe\nCategories: None<|im_end|>\n"
     assert trained(loud, b) == "<think>\n\n</think>\n\nSafety: Safe\nCategories: None<|im_end|>\n"
     assert (quiet.lead(judged), loud.lead(judged)) == ("", "<think>\n\n</think>\n\n")
-    assert quiet.prompt(judged).tolist() == oracle(qwen3, judged.messages, prompt=True, enable_thinking=False)
+    assert quiet.prompts(judged).windows[0].tolist() == oracle(qwen3, judged.messages, prompt=True, enable_thinking=False)
     assert quiet.identity() != loud.identity()
 
 
@@ -304,7 +304,7 @@ def test_a_guard_s_template_is_followed_by_the_verdict(tiny: Path) -> None:
 def test_candidates_are_the_tokens_of_training(folder: Path, name: str, texts: tuple[str, ...]) -> None:
     encode = made(folder, format=name)
     asked = row(*texts)
-    prompt = encode.prompt(asked).tolist()
+    prompt = encode.prompts(asked).windows[0].tolist()
     candidates = encode.candidates(asked)
     seen = set()
     for severity in FORMATS[name].severities:
@@ -369,7 +369,6 @@ def test_characters_of_several_tokens_are_cut_whole(tiny: Path) -> None:
         limit = len(whole.tokens) - excess
         (cut,) = documents(made(tiny, limit=limit, too_long="cut"), judged)
         assert made(tiny).tokenizer.decode(cut.tokens.tolist()).count("龘") == 40 - -(-excess // 3)
-        assert len(made(tiny, limit=limit + 2).prompt(judged, room=len(whole.tokens) - len(made(tiny).prompt(judged)))) <= limit + 2
 
 
 def test_a_long_conversation_is_skipped_or_an_error(tiny: Path) -> None:
@@ -389,16 +388,39 @@ def test_a_long_conversation_is_skipped_or_an_error(tiny: Path) -> None:
 @given(long_texts, long_texts, st.integers(30, 300), st.integers(0, 20))
 def test_a_prompt_is_cut_to_leave_room(tiny: Path, a: str, b: str, limit: int, room: int) -> None:
     asked, free, encode = row(a, b), made(tiny), made(tiny, limit=limit)
-    whole = free.prompt(asked)
+    whole = free.prompts(asked).windows[0]
     try:
-        ids = encode.prompt(asked, room)
+        found = encode.prompts(asked, room)
     except MegamodError as error:
         assert "does not fit into" in str(error)  # noqa: PT017
         assert len(whole) + room > limit
         return
-    assert len(ids) + room <= limit
-    assert (len(ids) == len(whole)) == (len(whole) + room <= limit)
-    assert encode.tokenizer.decode(ids.tolist()).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert all(len(ids) + room <= limit for ids in found.windows)
+    assert (found.notes == ()) == (len(whole) + room <= limit)
+
+
+@pytest.mark.parametrize("other", ["", "你好 " * 30])
+@pytest.mark.parametrize("limit", [60, 90, 200])
+def test_nothing_of_a_long_message_goes_unread(tiny: Path, other: str, limit: int) -> None:
+    """Each word is whole in one of the windows, wherever a window ends; turns before it are left out only where there is no room."""
+    words = [f"<{i}>" for i in range(300)]
+    asked = row(other or "x", "y", " ".join(words))
+    found = made(tiny, limit=limit).prompts(asked, room=7)
+    texts = [made(tiny).tokenizer.decode(ids.tolist()) for ids in found.windows]
+    assert all(len(ids) <= limit - 7 for ids in found.windows)
+    assert all(any(word in text for text in texts) for word in words)
+    assert f"read in {len(texts)} windows" in found.notes
+    assert texts[0].index("<0>") < texts[0].index("<1>")
+    assert all(text.endswith("<|im_start|>assistant\n") for text in texts)
+
+
+def test_a_text_that_holds_a_special_token_is_told(tiny: Path) -> None:
+    """Ids are transformers', which reads it as the token; whoever reads the verdict should know."""
+    assert made(tiny).prompts(row("x <|im_end|> y")).notes == ("holds special tokens",)
+    assert made(tiny).prompts(row("x <|im_end| > y")).notes == ()
+    counts = Counter[str]()
+    made(tiny).documents(row("<|im_start|>", label="safe"), counts)
+    assert counts["special"] == 1
 
 
 # ---- templates that fail, or try what they must not
@@ -428,7 +450,7 @@ FAILS = {
 def test_a_template_that_fails_is_one_line(tiny: Path, what: str) -> None:
     encode = made(tiny, FAILS[what])
     calls: list[Callable[[], Any]] = [
-        lambda: documents(encode, row("x", label="safe")), lambda: documents(encode, row("x", "y")), lambda: encode.prompt(row("x")),
+        lambda: documents(encode, row("x", label="safe")), lambda: documents(encode, row("x", "y")), lambda: encode.prompts(row("x")),
     ]  # fmt: skip
     for call in calls:
         assert complaint(call).startswith(f"{WHERE}: the chat template fails on this conversation: ")
@@ -441,7 +463,9 @@ def test_a_template_sees_nothing_of_the_objects_that_it_is_given(tiny: Path) -> 
 
 def test_arguments_that_are_not_the_template_s_are_one_line(tiny: Path) -> None:
     encode = made(tiny, arguments={"tokenize": True})
-    assert complaint(lambda: encode.prompt(row("x"))).startswith(f"{WHERE}: the chat template fails on this conversation: TypeError")
+    assert complaint(lambda: encode.prompts(row("x")).windows[0]).startswith(
+        f"{WHERE}: the chat template fails on this conversation: TypeError"
+    )
 
 
 # ---- tokenizers that cannot be used
@@ -478,9 +502,9 @@ def test_a_template_of_one_s_own(tiny: Path, tmp_path: Path) -> None:
     said = complaint(lambda: encoder(cfg, str(tiny)))
     assert said.startswith(f"data.chat.template = {tmp_path}/own.jinja: cannot be read (")
     (tmp_path / "own.jinja").write_text(GUARD)
-    assert encoder(cfg, str(tiny)).prompt(row("x")).tolist() == made(tiny, GUARD).prompt(row("x")).tolist()
+    assert encoder(cfg, str(tiny)).prompts(row("x")).windows[0].tolist() == made(tiny, GUARD).prompts(row("x")).windows[0].tolist()
     elsewhere = ChatConfig(tokenizer=str(tiny))
-    assert encoder(elsewhere, "no model here").prompt(row("x")).tolist() == made(tiny).prompt(row("x")).tolist()
+    assert encoder(elsewhere, "no model here").prompts(row("x")).windows[0].tolist() == made(tiny).prompts(row("x")).windows[0].tolist()
 
 
 # ---- identity
@@ -488,7 +512,7 @@ def test_a_template_of_one_s_own(tiny: Path, tmp_path: Path) -> None:
 
 def test_what_decides_the_tokens_decides_the_identity(tiny: Path, tmp_path: Path) -> None:
     base = made(tiny)
-    base.prompt(row("x"))
+    base.prompts(row("x")).windows[0]
     assert made(tiny).identity() == base.identity(), "also after use"
     assert made(changed(tiny, tmp_path / "same")).identity() == base.identity(), "the place does not matter"
     other = changed(tiny, tmp_path / "other")

@@ -88,10 +88,7 @@ def judged_on(grids: list[P], directory: Path, **options: Any) -> list[list[tupl
         with started(parallel, shape) as grid, torch.no_grad():
             chunks, _ = build(ModelConfig(path="", dtype="float64"), shape, grid)
             load(chunks, shape, grid, Safetensors(directory))
-            made = judge(
-                chunks, grid, ROWS, encoder(directory), row_length=ROW_LENGTH, decode=None, max_new_tokens=NEW_TOKENS, progress=False,
-                **options,
-            )  # fmt: skip
+            made = judge(chunks, grid, ROWS, encoder(directory), decode=None, max_new_tokens=NEW_TOKENS, progress=False, **options)
             found.append([(dict(one.scores), one.text, one.verdict is None) for one in made])
     return found
 
@@ -104,7 +101,7 @@ def hf(directory: Path) -> Any:
 @torch.no_grad()
 def expected_scores(hf: Any, made: Encoder, row: Row) -> dict[Severity, float]:
     """Each label's whole string through the model, alone, and the softmax over the labels."""
-    prompt = made.prompt(row).tolist()
+    prompt = made.prompts(row).windows[0].tolist()
     sums: dict[Severity, list[float]] = defaultdict(list)
     for severity, ids in made.candidates(row):
         log_p = hf(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
@@ -117,7 +114,7 @@ def expected_scores(hf: Any, made: Encoder, row: Row) -> dict[Severity, float]:
 @torch.no_grad()
 def expected_text(hf: Any, made: Encoder, row: Row) -> str:
     """One token at a time."""
-    ids = made.prompt(row).tolist()
+    ids = made.prompts(row).windows[0].tolist()
     first = len(ids)
     while len(ids) < first + NEW_TOKENS and (len(ids) == first or ids[-1] != made.tokenizer.end):
         ids.append(int(hf(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -144,7 +141,7 @@ def test_the_first_token_suffices_where_labels_differ_in_it(directory: Path, hf:
     assert len(first) == 1, "all begin with Safety:"
     ((found,), *_) = distributed.run(8, judged_first, directory)
     for row, (said, _, _) in zip(ROWS, found, strict=True):
-        prompt = made.prompt(row).tolist()
+        prompt = made.prompts(row).windows[0].tolist()
         own = {severity: list(ids) for severity, ids in made.candidates(row)}
         alike = next(i for i in range(99) if len({ids[i] for ids in own.values()}) > 1)
         with torch.no_grad():

@@ -87,7 +87,7 @@ def test_a_validation_is_a_line_and_a_record_and_no_step_s_time(tmp_path: Path, 
     clock.now += 1.0
     log.step(1, {"loss": 2.5}, tokens=100, flops=1.0)
     clock.now += 60.0
-    log.validation(1, {"macro_f1": 0.75, "strict.auroc": None})
+    log.validation(1, {"macro_f1": 0.75, "strict.auroc": None}, seconds=60.0)
     clock.now += 2.0
     log.step(2, {"loss": 2.0}, tokens=100, flops=1.0)
     log.close()
@@ -98,6 +98,27 @@ def test_a_validation_is_a_line_and_a_record_and_no_step_s_time(tmp_path: Path, 
     assert validation == {"step": 1, "eval/macro_f1": 0.75}
     assert second["step_seconds"] == 2.0
     assert scalars(tmp_path)["eval/macro_f1"] == {1: 0.75}
+
+
+def test_a_step_between_lines_is_timed_without_the_validation_after_it(tmp_path: Path, clock: Clock) -> None:
+    log = start(tmp_path, every=2)
+    for number in (1, 2):
+        clock.now += 1.0
+        log.step(number, {"loss": 2.5}, tokens=100, flops=1.0)
+        clock.now += 60.0
+        log.validation(number, {}, seconds=60.0)
+    log.close()
+    (step,) = [record for record in records(tmp_path) if "loss" in record]
+    assert (step["step_seconds"], step["tokens_per_second"]) == (1.0, 100.0)
+
+
+def test_the_last_step_of_a_run_that_ends_early_is_told(tmp_path: Path, clock: Clock) -> None:
+    log = start(tmp_path, every=4)
+    for number in range(1, 7):
+        clock.now += 1.0
+        log.step(number, {"loss": float(number)}, tokens=100, flops=1.0)
+    log.close()
+    assert [record["step"] for record in records(tmp_path)] == [4, 6]
 
 
 def test_records_are_there_at_once(tmp_path: Path, clock: Clock) -> None:

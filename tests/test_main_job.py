@@ -109,7 +109,7 @@ def test_a_run_leaves_all_that_tells_of_it(folder: Path, run: Path) -> None:
     assert [line["step"] for line in metrics] == [1, 2, 2, 3, 4, 4]
     validations = [line for line in metrics if "eval/macro_f1" in line]
     assert [v["step"] for v in validations] == [2, 4]
-    assert [line["macro_f1"] for line in lines(run / "validations.jsonl")] == [v["eval/macro_f1"] for v in validations]
+    assert [line["metrics"]["macro_f1"] for line in lines(run / "validations.jsonl")] == [v["eval/macro_f1"] for v in validations]
     assert {"loss", "nll/verdict", "lr", "grad_norm", "tokens_per_second", "memory_gib"} <= metrics[0].keys()
     for step in (2, 4):
         about = json.loads((run / "eval" / f"step-{step:08d}" / "metrics.json").read_text())
@@ -129,7 +129,7 @@ def test_a_run_is_plotted(run: Path, tmp_path: Path) -> None:
 
 
 def best(run: Path) -> int:
-    values = [(line["macro_f1"], -line["step"]) for line in lines(run / "validations.jsonl")]
+    values = [(line["metrics"]["macro_f1"], -line["step"]) for line in lines(run / "validations.jsonl")]
     return -max(values)[1]
 
 
@@ -206,7 +206,7 @@ def test_a_run_that_is_resumed_sees_the_same_rows_and_ends_alike(folder: Path, r
         assert np.allclose([line[key] for line in whole], [line[key] for line in parts], rtol=2e-4), key
     assert [line["step"] for line in lines(folder / "parts" / "validations.jsonl")] == [2, 4]
     again = train(folder, "parts", "steps=4", "eval.every=2", "eval.limit=16")  # it has ended: nothing is done again
-    assert "step 4/4" not in again.stdout and "exported" not in again.stdout
+    assert "step 4/4" not in again.stdout and "exported before: " in again.stdout
 
 
 def test_patience_ends_a_run_early(folder: Path) -> None:
@@ -216,6 +216,7 @@ def test_patience_ends_a_run_early(folder: Path) -> None:
     assert steps == [1, 2, 3]
     assert [path.name for path in (folder / "patient" / "hf").iterdir()] == ["step-00000001"]
     assert "the best step is 1" in done.stdout
+    assert "stopped after step 3: 2 validations without a better macro_f1 than after step 1" in done.stdout
     kept = {path.name for path in (folder / "patient" / "checkpoints").iterdir() if path.is_dir()}
     assert kept == {"step-00000001", "step-00000002", "step-00000003"}
     again = train(folder, "patient", "steps=9", "eval.every=1", "eval.limit=6", "eval.patience=2", "optim.lr=0", "checkpoint.every=2")
@@ -223,12 +224,18 @@ def test_patience_ends_a_run_early(folder: Path) -> None:
 
 
 def test_split_data(tmp_path: Path) -> None:
-    rows = [{"text": f"t{i}", "label": "safe"} for i in range(20)]
-    source = write(tmp_path / "rows.jsonl", [*rows, {"text": " T3 ", "label": "unsafe"}])
-    assert "dropped 1 " in tool("split_data", source, tmp_path / "out", "--held-out", "0.25")
-    parts = [{row["text"] for row in lines(tmp_path / "out" / f"{name}.jsonl")} for name in ("train", "held_out")]
-    assert (len(parts[0]), len(parts[1])) == (15, 5)
-    assert not parts[0] & parts[1]
+    """Each label is split alike; what is said twice counts once, and what is labelled both ways not at all."""
+    rows = [{"text": f"t{i}", "label": "safe" if i % 4 else "unsafe"} for i in range(40)]
+    turns = [{"role": "user", "content": "t1\nt2"}, {"role": "assistant", "content": "t3"}]
+    more = [{"text": " T3 ", "label": "safe"}, {"text": "T5", "label": "unsafe"}, {"messages": turns, "label": "safe"}]
+    source = write(tmp_path / "rows.jsonl", [*rows, *more])
+    said = tool("split_data", source, tmp_path / "out", "--held-out", "0.2", "--validation", "0.1")
+    assert "dropped 1 that repeat" in said and "dropped 1 conversations that come with different labels" in said
+    parts = {name: lines(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation", "held_out")}
+    labels = {name: [sum(row["label"] == label for row in part) for label in ("safe", "unsafe")] for name, part in parts.items()}
+    assert labels == {"train": [21, 7], "validation": [3, 1], "held_out": [6, 2]}
+    texts = [json.dumps(row, sort_keys=True) for part in parts.values() for row in part]
+    assert len(set(texts)) == len(texts) == 40
     unlabelled = write(tmp_path / "none.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     assert refusal("split_data", unlabelled, tmp_path / "other").startswith(f"{unlabelled}:1: no label")
     assert not (tmp_path / "other").exists()

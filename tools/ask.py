@@ -48,7 +48,7 @@ def ask(directory: str, messages: Sequence[str], max_new_tokens: int = 128) -> l
     answers = []
     for number, message in enumerate(messages, 1):
         row = row_of({"text": message}, f"message {number}")
-        prompt = torch.from_numpy(encoder.prompt(row)).long().to(model.device)[None]  # [1, T]
+        prompt = torch.from_numpy(encoder.prompts(row).windows[0]).long().to(model.device)[None]  # [1, T]
         ids = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
             pad_token_id=tokenizer.end,

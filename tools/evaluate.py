@@ -38,7 +38,7 @@ def main() -> int:
         sides = [(args.name, measure(judged))]
         baseline = None
         if args.train is not None:
-            linear = judged_linearly(labelled(args.train), labelled(args.test), judged)
+            linear = judged_linearly(list(read_rows(args.train, labelled=True)), list(read_rows(args.test, labelled=True)), judged)
             baseline = (LINEAR, measure(linear), linear)
             sides.append(baseline[:2])
         metrics, page = report.write(sides[0][1], judged, args.out, title=args.name, baseline=baseline)
@@ -52,15 +52,6 @@ def main() -> int:
     Console().print(table)
     print(f"{metrics}\n{page}")
     return 0
-
-
-def labelled(path: Path) -> list[Row]:
-    """The rows of a JSONL file, all with labels. Raises MegamodError."""
-    rows = list(read_rows(path))
-    for row in rows:
-        if row.label is None:
-            raise MegamodError(f"{row.where}: no label: the linear model needs one")
-    return rows
 
 
 def judged_linearly(train: list[Row], test: list[Row], judged: list[Judged]) -> list[Judged]:

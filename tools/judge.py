@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--scoring", choices=["whole", "first_token"], default="whole")
     parser.add_argument("--format", choices=FORMATS, help="of verdicts; default: what the model's directory says, else qwen3guard")
-    parser.add_argument("--row-length", type=int, default=4096, help="tokens of a packed row; longer conversations are cut")
+    parser.add_argument("--row-length", type=int, default=4096, help="tokens of a packed row; longer conversations are read in windows")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
@@ -41,8 +41,11 @@ def main() -> int:
     try:
         if args.decode != "all" and not args.decode.isdecimal():
             raise MegamodError(f"--decode {args.decode}: a number of rows, or all, was expected")
+        if args.max_new_tokens != parser.get_default("max_new_tokens") and args.decode == "0":
+            raise MegamodError(f"--max-new-tokens {args.max_new_tokens} would not be read: --decode is 0")
         if args.out.exists():
             raise MegamodError(f"{args.out}: exists; a new file was expected")
+        records.check(args.out)
         rows = list(read_rows(args.rows))
         parallel = ParallelConfig(tp=args.tp, pp=args.pp, cp=args.cp)
         moderator = Moderator(args.model, parallel, dtype=args.dtype, format=args.format, row_length=args.row_length)
@@ -53,8 +56,13 @@ def main() -> int:
         grids.say_once(f"megamod: error: {error}")
         return 1
     if moderator.is_first:
-        flagged = sum(max(one.scores, key=lambda s: one.scores[s]) != "safe" for one in judged)
+        flagged = sum(one.severity != "safe" for one in judged)
         print(f"{args.out}: {len(rows):,} verdicts, {flagged:,} not safe")
+        windows, special = (sum(any(what in note for note in one.notes) for one in judged) for what in ("windows", "special"))
+        if windows:
+            print(f"{windows:,} conversations are longer than a row and were read in windows: --row-length")
+        if special:
+            print(f"{special:,} hold the text of special tokens, with which a text can end its own turn: see `notes`")
     grids.leave()
     return 0
 

@@ -49,6 +49,9 @@ def main() -> int:
     except MegamodError as error:
         print(f"megamod: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"megamod: error: {error.filename}: {error.strerror}: a directory that can be made was expected", file=sys.stderr)
+        return 1
     return 0
 
 

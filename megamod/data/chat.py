@@ -34,6 +34,13 @@ class Rendered(NamedTuple):
     start: int  # where in `target` the assistant's own words begin: templates may put something before them
 
 
+class Prompts(NamedTuple):
+    """A conversation to be judged."""
+
+    windows: list[npt.NDArray[np.int32]]  # [t] each
+    notes: tuple[str, ...]  # what whoever reads the verdict should know
+
+
 class Candidate(NamedTuple):
     """A text that gives a verdict's severity, as tokens after a prompt."""
 
@@ -69,13 +76,15 @@ class Encoder:
         }
 
     def documents(self, row: Row, counts: Counter[str]) -> list[Document]:
-        """The row's documents. `counts` is told what became of it: `rows`, `documents`, `skipped` and `cut`.
+        """The row's documents. `counts` is told what became of it: `rows`, `documents`, `skipped`, `cut` and `special`.
 
         Raises:
             MegamodError: what the template or the verdict format cannot take, or a row that is too long, where
                 `data.chat.too_long` is "error"; one line that begins with `file:line:`.
         """
         counts["rows"] += 1
+        if self.holds_special(row):
+            counts["special"] += 1
         found = []
         for messages, verdict in self._tasks(row):
             document = self._document(row, messages, verdict)
@@ -89,21 +98,60 @@ class Encoder:
         counts["documents"] += len(found)
         return found
 
-    def prompt(self, row: Row, room: int = 0) -> npt.NDArray[np.int32]:
-        """`[t]`: the tokens of a row to be judged, up to where the verdict begins.
+    def prompts(self, row: Row, room: int = 0) -> Prompts:
+        """A row to be judged, up to where the verdict begins; several times where it is too long.
 
-        The longest message is cut from its end until `room` tokens are left below the limit. Raises MegamodError where nothing
-        would be left of it.
+        The longest message is then read through windows that overlap by half, so that nothing in it goes unread; where even that
+        leaves no room, the earliest turns are left out.
+
+        Args:
+            room: tokens to leave below the limit.
+
+        Raises:
+            MegamodError: the template cannot take the row, or nothing fits.
         """
-        messages: Sequence[Message] | None = row.messages
-        for _ in range(CUTS):
-            if messages is None:
+        messages, left_out = list(row.messages), 0
+        while True:
+            prompts = self._windows(messages, row.where, room)
+            if prompts is not None:
                 break
-            ids = self.tokenizer.encode(self.tokenizer.render(messages, prompt=True, where=row.where)).ids
-            if self.limit is None or len(ids) + room <= self.limit:
-                return ids
-            messages = self._shortened(messages, len(ids) + room - self.limit)
-        raise MegamodError(f"{row.where}: the conversation does not fit into {self.limit} tokens, however its longest message is cut")
+            earliest = next((i for i, message in enumerate(messages[:-1]) if message["role"] != "system"), None)
+            if earliest is None:
+                raise MegamodError(f"{row.where}: the conversation does not fit into {self.limit} tokens with {room} for the verdict")
+            del messages[earliest]
+            left_out += 1
+        notes = [f"read in {len(prompts)} windows"] * (len(prompts) > 1) + [f"{left_out} earliest turns left out"] * (left_out > 0)
+        return Prompts(prompts, (*notes, *["holds special tokens"] * self.holds_special(row)))
+
+    def holds_special(self, row: Row) -> bool:
+        """Whether a message holds the text of a special token, which is read as the token."""
+        return any(token in message["content"] for message in row.messages for token in self.tokenizer.special)
+
+    def _windows(self, messages: Sequence[Message], where: str, room: int) -> list[npt.NDArray[np.int32]] | None:
+        """The conversation's tokens, or those of its windows; None: no window fits."""
+
+        def encoded(conversation: Sequence[Message]) -> npt.NDArray[np.int32]:
+            return self.tokenizer.encode(self.tokenizer.render(conversation, prompt=True, where=where)).ids
+
+        whole = encoded(messages)
+        if self.limit is None or len(whole) + room <= self.limit:
+            return [whole]
+        at = _longest(messages)
+        text = messages[at]["content"]
+        offsets = self.tokenizer.encode(text).offsets
+        width = len(offsets) + self.limit - room - len(whole)
+        for _ in range(CUTS):
+            if width < 1:
+                return None
+            stride = (width + 1) // 2
+            starts = range(0, max(1, len(offsets) - width + stride), stride)
+            pieces = [text[int(offsets[s, 0]) : _end(offsets, s + width)] for s in starts]
+            found = [encoded([*messages[:at], {**messages[at], "content": piece}, *messages[at + 1 :]]) for piece in pieces]
+            over = max(map(len, found)) + room - self.limit
+            if over <= 0:
+                return found
+            width -= over
+        return None
 
     def candidates(self, row: Row) -> tuple[Candidate, ...]:
         """Every way to say each severity after the row's prompt, as the template would have it, in tokens.
@@ -128,6 +176,11 @@ class Encoder:
         ids = document.tokens[document.labels != IGNORED]
         ends = np.flatnonzero(ids == self.tokenizer.end)
         return ids[: ends[0] + 1] if len(ends) else ids
+
+    def gold(self, row: Row) -> Row:
+        """The row with its label as `data.chat.controversial` has it trained."""
+        severity = self.cfg.controversial
+        return row if row.label != "controversial" or severity == "keep" else replace(row, label=severity)
 
     def lead(self, row: Row) -> str:
         """What the template puts between the generation prompt and the assistant's own words, such as an empty thought."""
@@ -221,15 +274,24 @@ class Encoder:
 
     def _shortened(self, messages: Sequence[Message], excess: int) -> list[Message] | None:
         """`messages` without the last `excess` tokens of the longest one; None: it has no more than that."""
-        at = max(range(len(messages)), key=lambda i: len(messages[i]["content"]))
+        at = _longest(messages)
         text = messages[at]["content"]
         offsets = self.tokenizer.encode(text).offsets
         kept = len(offsets) - excess
-        # Tokens of less than a character share its place: where the first one to go begins, not where the last one kept ends.
-        end = min(int(offsets[kept - 1, 1]), int(offsets[kept, 0])) if kept > 0 else 0
+        end = _end(offsets, kept) if kept > 0 else 0
         if end == 0:
             return None
         return [*messages[:at], {**messages[at], "content": text[:end]}, *messages[at + 1 :]]
+
+
+def _longest(messages: Sequence[Message]) -> int:
+    return max(range(len(messages)), key=lambda i: len(messages[i]["content"]))
+
+
+def _end(offsets: npt.NDArray[np.int64], tokens: int) -> int:
+    """Where the first `tokens` tokens end in their text. Tokens of less than a character share its place: it goes with the next."""
+    last = int(offsets[min(tokens, len(offsets)) - 1, 1])
+    return last if tokens >= len(offsets) else min(last, int(offsets[tokens, 0]))
 
 
 def encoder(cfg: ChatConfig, model: str, limit: int | None = None) -> Encoder:
@@ -262,7 +324,10 @@ def read_settings(model: str | Path, default: ChatConfig) -> ChatConfig:
     file = Path(model) / SETTINGS
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        return replace(default, format=format_from_json(about["format"]), template_arguments=about["template_arguments"])
+        arguments = about["template_arguments"]
+        if not isinstance(arguments, dict):
+            raise TypeError("template_arguments is no object")
+        return replace(default, format=format_from_json(about["format"]), template_arguments=arguments)
     except FileNotFoundError:
         return default
     except (MegamodError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -53,6 +53,12 @@ class Row:
     unread: tuple[str, ...] = field(default=(), compare=False)  # keys that are none of ours
 
     @property
+    def line(self) -> int | None:
+        """Its line in the file, from 1."""
+        number = self.where.rpartition(":")[2]
+        return int(number) if number.isdecimal() else None
+
+    @property
     def is_response(self) -> bool:
         """Whether an assistant's response is judged, or a user's prompt."""
         return self.messages[-1]["role"] == "assistant"
@@ -63,16 +69,20 @@ class Row:
         return self.label and Verdict(self.label, self.categories, self.refusal, self.request, self.reason)
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+def read_rows(path: str | Path, *, labelled: bool = False) -> Iterator[Row]:
     """The rows of a JSONL file, in its order. Blank lines are skipped.
 
     Raises:
-        MegamodError: no such file, no row in it, or a fault in one; a line that begins with `file:line:`.
+        MegamodError: no such file, no row in it, a fault in one, or, with `labelled`, one without a label; a line that begins with
+            `file:line:`.
     """
     empty = True
     for where, line in lines_of(path):
         empty = False
-        yield row_of(json_object(line, where), where)
+        row = row_of(json_object(line, where), where)
+        if labelled and row.label is None:
+            raise MegamodError(f"{where}: no label: {', '.join(SEVERITIES[:-1])} or {SEVERITIES[-1]} was expected")
+        yield row
     if empty:
         raise no_rows(path)
 
@@ -126,17 +136,17 @@ def row_of(record: Json, where: str = "row") -> Row:
     messages = tuple(read(record, where))
     if not any(message["role"] != "system" for message in messages):
         raise MegamodError(f"{where}: {found[0]} holds no message besides a system prompt")
-    label = _severity(record, "label", where)
+    label = severity_of(record, "label", where)
     weight = _weight(record, where)
     return Row(
         messages,
         label,
-        _names(record, where),
-        _typed(record, "reason", str, where),
-        _typed(record, "refusal", bool, where),
-        _severity(record, "request", where),
-        _typed(record, "language", str, where),
-        _typed(record, "kind", str, where),
+        names_of(record, "categories", where),
+        typed(record, "reason", str, where),
+        typed(record, "refusal", bool, where),
+        severity_of(record, "request", where),
+        typed(record, "language", str, where),
+        typed(record, "kind", str, where),
         weight,
         str(record["id"]) if record.get("id") is not None else None,
         where,
@@ -185,7 +195,7 @@ def _turns(record: Json, where: str, asked: tuple[str, ...], answer: str) -> Ite
             raise MegamodError(f"{where}: history[{i}] = {reprlib.repr(turn)}: a pair of user's and assistant's text was expected")
         for role, text in zip(("user", "assistant"), turn, strict=True):
             yield _message(role, text, f"{where}: history[{i}]")
-    texts = [text for key in asked if (text := _typed(record, key, str, where))]
+    texts = [text for key in asked if (text := typed(record, key, str, where))]
     yield _message("user", "\n".join(texts), f"{where}: {asked[0]}")
     if record.get(answer) is not None:
         yield _message("assistant", record[answer], f"{where}: {answer}")
@@ -197,7 +207,7 @@ def _plain(record: Json, where: str) -> Iterator[Message]:
 
 
 def _system(record: Json, where: str) -> Iterator[Message]:
-    if text := _typed(record, "system", str, where):
+    if text := typed(record, "system", str, where):
         yield _message("system", text, where)
 
 
@@ -235,14 +245,17 @@ def _list(record: Json, key: str, where: str, default: Any = None) -> list[Any]:
     return value
 
 
-def _typed(record: Json, key: str, kind: type, where: str) -> Any:
+def typed(record: Json, key: str, kind: type, where: str) -> Any:
+    """What is at `key`, of that type; None where there is nothing. Raises MegamodError."""
     value = record.get(key)
     if value is not None and not isinstance(value, kind):
-        raise MegamodError(f"{where}: {key} = {reprlib.repr(value)}: {'text' if kind is str else 'true or false'} was expected")
+        expected = {str: "text", bool: "true or false", dict: "an object"}[kind]
+        raise MegamodError(f"{where}: {key} = {reprlib.repr(value)}: {expected} was expected")
     return value
 
 
-def _severity(record: Json, key: str, where: str) -> Severity | None:
+def severity_of(record: Json, key: str, where: str) -> Severity | None:
+    """The severity at `key`, in any case; None where there is none. Raises MegamodError."""
     value = record.get(key)
     if value is None:
         return None
@@ -251,12 +264,13 @@ def _severity(record: Json, key: str, where: str) -> Severity | None:
     return cast(Severity, value.lower())
 
 
-def _names(record: Json, where: str) -> tuple[str, ...]:
-    value = record.get("categories")
+def names_of(record: Json, key: str, where: str) -> tuple[str, ...]:
+    """The list of names at `key`; none where there is none. Raises MegamodError."""
+    value = record.get(key)
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise MegamodError(f"{where}: categories = {reprlib.repr(value)}: a list of names was expected")
+        raise MegamodError(f"{where}: {key} = {reprlib.repr(value)}: a list of names was expected")
     return tuple(value)
 
 

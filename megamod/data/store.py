@@ -36,7 +36,7 @@ from megamod.errors import MegamodError, listed
 FORMAT = 1
 PART_LINES = 2000  # of the JSONL file: what one process does at a time, and what a kill loses
 MANIFEST = "store.json"
-COUNTS = ("rows", "documents", "skipped", "cut", "tokens", "trained", "verdicts", "largest")  # largest: of the token ids
+COUNTS = ("rows", "documents", "skipped", "cut", "special", "tokens", "trained", "verdicts", "largest")  # largest: of the token ids
 Array = npt.NDArray[Any]
 
 
@@ -138,6 +138,8 @@ class Prepared(NamedTuple):
         counts = self.counts
         parts = [f"{self.path}: {counts['rows']:,} rows, {counts['documents']:,} documents, {counts['tokens']:,} tokens"]
         parts += [f"{counts[key]:,} {what}" for key, what in (("skipped", "too long: skipped"), ("cut", "too long: cut")) if counts[key]]
+        if counts["special"]:
+            parts.append(f"{counts['special']:,} rows hold the text of special tokens, which is read as the tokens")
         if self.unread:
             parts.append(f"keys that nothing reads: {listed(f'{key} ({count:,})' for key, count in self.unread.items())}")
         return " · ".join(parts)
@@ -154,10 +156,25 @@ def prepare_all(cfg: DataConfig, model: str, vocab: int, into: str | Path) -> li
 
     def one(source: Source) -> Prepared:
         if (Path(source.path) / MANIFEST).exists():
-            return Prepared(source.path, Store(source.path).manifest["counts"], {})
+            store = Store(source.path)
+            _check_encoder(store, cfg.chat, model)
+            return Prepared(source.path, store.manifest["counts"], {})
         return prepare(source.path, into, cfg.chat, model, limit=cfg.row_length, vocab=vocab)
 
     return [one(source) for source in (cfg.train if isinstance(cfg.train, tuple) else (Source(cfg.train),))]
+
+
+def _check_encoder(store: Store, chat: ChatConfig, model: str) -> None:
+    """Refuse a store of conversations that this run would have tokenised otherwise."""
+    made = store.manifest["identity"]["encoder"]
+    if "tokenizer" not in made:  # it was made of tokenised documents
+        return
+    ours = json.loads(json.dumps(encoder(chat, model).identity()))
+    differ = [key for key in sorted(ours) if key != "limit" and ours[key] != made.get(key)]
+    if differ:
+        raise MegamodError(
+            f"{store.directory}: prepared with another {listed(differ)} than data.chat and model.path ask for: prepare it again"
+        )
 
 
 def open_documents(cfg: DataConfig, stores: Sequence[str | Path], vocab: int, seed: int) -> Documents:

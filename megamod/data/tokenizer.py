@@ -35,6 +35,8 @@ class Tokenizer:
     Attributes:
         end: the id of the token that ends a turn (`eos_token`).
         template: the Jinja text in use.
+        special: the special tokens' texts. In a message they are read as tokens, by transformers as by vLLM: a text that holds one
+            can end its own turn.
 
     Raises:
         MegamodError: no tokenizer there, or one without a chat template, end token or offsets.
@@ -57,6 +59,8 @@ class Tokenizer:
             raise MegamodError(f"{path}: the tokenizer has no end token: set eos_token in tokenizer_config.json")
         self.end: int = self._backend.eos_token_id
         self.end_text: str = self._backend.eos_token
+        added = (token.content for token in self._backend.added_tokens_decoder.values() if token.special)
+        self.special = tuple(sorted({*added, *self._backend.all_special_tokens}))
         self.arguments = dict(arguments or {})
 
     def __len__(self) -> int:

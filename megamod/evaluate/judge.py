@@ -12,10 +12,11 @@ and whatever grid can train can judge: there is no second model, and no cache of
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +27,10 @@ from tqdm import tqdm
 
 from megamod.batch import Batch
 from megamod.config import Scoring
-from megamod.data.chat import Candidate, Encoder
+from megamod.data.chat import Candidate, Encoder, Prompts
 from megamod.data.jsonl import Row
 from megamod.data.packing import pack
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, nearest
 from megamod.evaluate.metrics import Judged
 from megamod.model.build import Decoder
 from megamod.model.head import Head
@@ -59,7 +60,6 @@ def judge(
     rows: Sequence[Row],
     encoder: Encoder,
     *,
-    row_length: int,
     scoring: Scoring = "whole",
     decode: int | None = 0,
     max_new_tokens: int = 128,
@@ -67,38 +67,42 @@ def judge(
 ) -> list[Judged]:
     """Judge conversations; every rank calls it with the same arguments and has the same result, one entry a row, in their order.
 
+    A conversation longer than a packed row is read in windows; the one that is least safe gives the verdict.
+
     Args:
         chunks: this rank's, bare.
         rows: what is known of them beside the conversation (label, categories) is handed through, and does not decide anything.
-        encoder: of the model's template and verdict format. A conversation that does not fit into a row is cut.
-        row_length: tokens of a packed row, a multiple of cp, and of cp · tp under sp.
+        encoder: of the model's template and verdict format, its limit the tokens of a packed row.
         scoring: whole — all tokens of the label strings; first_token — up to the first that tells them apart, which is cheaper
             and refused where labels begin alike.
         decode: of how many rows the verdict's text is decoded too; None: of all.
         max_new_tokens: of a decoded verdict.
 
     Raises:
-        MegamodError: a row that the template cannot take, or that does not fit; labels that `first_token` cannot tell apart.
+        MegamodError: a row that the template cannot take, or that does not fit; labels that `first_token` cannot tell apart; an
+            argument that means nothing.
     """
-    asker = _Asker(chunks, grid, row_length, progress and grid.rank == 0)
+    if scoring not in (choices := get_args(Scoring)):
+        raise MegamodError(f"scoring = {scoring!r}: {nearest(str(scoring), choices)}")
+    if (decode is not None and decode < 0) or max_new_tokens < 1:
+        raise MegamodError(f"decode = {decode}, max_new_tokens = {max_new_tokens}: at least 0 and 1 were expected")
+    asker = _Asker(chunks, grid, encoder, progress and grid.rank == 0)
     contexts = _Contexts(encoder, scoring)
-    plans = [contexts.plan(row) for row in rows]
     decoded = len(rows) if decode is None else min(decode, len(rows))
-    room = [max(plan.longest, max_new_tokens if i < decoded else 0) for i, plan in enumerate(plans)]
-    prompts = [_fitting(encoder, row_length).prompt(row, r) for row, r in zip(rows, room, strict=True)]
-    scores = _score(asker, prompts, plans)
+    plans = [contexts.plan(row) for row in rows]
+    prompts = [
+        asker.encoder.prompts(row, max(plan.longest, max_new_tokens if i < decoded else 0))
+        for i, (row, plan) in enumerate(zip(rows, plans, strict=True))
+    ]
+    scores, windows = _score(asker, prompts, plans)
     chosen = [max(s, key=lambda severity: s[severity]) for s in scores[:decoded]]
-    texts = _decode(asker, prompts[:decoded], rows[:decoded], chosen, encoder, contexts, max_new_tokens)
+    texts = _decode(asker, windows[:decoded], rows[:decoded], chosen, contexts, max_new_tokens)
     found = []
     for i, row in enumerate(rows):
         text = texts[i] if i < decoded else None
         verdict = None if text is None else encoder.format.parse(text, row.is_response)
-        found.append(Judged(scores[i], row.label, row.categories, row.language, verdict, text, row.kind))
+        found.append(Judged(scores[i], row.label, row.categories, row.language, verdict, text, row.kind, prompts[i].notes))
     return found
-
-
-def _fitting(encoder: Encoder, row_length: int) -> Encoder:
-    return encoder if encoder.limit == row_length else Encoder(encoder.tokenizer, encoder.cfg, row_length)
 
 
 # --- scoring -----------------------------------------------------------------------------------------------------------------
@@ -197,10 +201,19 @@ class _Contexts:
         return self._plans[key]
 
 
-def _score(asker: "_Asker", prompts: Sequence[npt.NDArray[np.int32]], plans: Sequence[Plan]) -> list[dict[Severity, float]]:
-    queries = [plan.queries(prompt) for prompt, plan in zip(prompts, plans, strict=True)]
-    answers = iter(asker.ask([query for own in queries for query in own], _logprobs, "scoring"))
-    return [plan.scores([next(answers) for _ in own]) for plan, own in zip(plans, queries, strict=True)]
+def _score(
+    asker: "_Asker", prompts: Sequence[Prompts], plans: Sequence[Plan]
+) -> tuple[list[dict[Severity, float]], list[npt.NDArray[np.int32]]]:
+    """Each row's scores, and the window that they come from: the least safe."""
+    queries = [[plan.queries(window) for window in own.windows] for own, plan in zip(prompts, plans, strict=True)]
+    answers = iter(asker.ask([query for row in queries for window in row for query in window], _logprobs, "scoring"))
+    scores, windows = [], []
+    for own, plan, row in zip(prompts, plans, queries, strict=True):
+        found = [plan.scores([next(answers) for _ in window]) for window in row]
+        worst = min(range(len(found)), key=lambda i: found[i].get("safe", 0.0))
+        scores.append(found[worst])
+        windows.append(own.windows[worst])
+    return scores, windows
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------------------
@@ -210,18 +223,34 @@ class Drafts:
     """Guesses of how a text goes on, from those seen before: a trie with counts. They decide how fast, never what is decoded."""
 
     def __init__(self) -> None:
-        self._next: dict[Ids, Counter[int]] = defaultdict(Counter)
+        self._root: dict[int, _Node] = {}
 
     def add(self, ids: Ids) -> None:
-        for i, token in enumerate(ids):
-            self._next[ids[:i]][token] += 1
+        """One more text."""
+        children = self._root
+        for token in ids:
+            node = children.setdefault(token, _Node())
+            node.count += 1
+            children = node.children
 
     def after(self, begun: Ids) -> Ids:
         """The most usual continuation of `begun`; empty where it was never seen."""
+        children = self._root
+        for token in begun:
+            if token not in children:
+                return ()
+            children = children[token].children
         guess: list[int] = []
-        while (choices := self._next.get((*begun, *guess))) is not None:
-            guess.append(min(choices, key=lambda token: (-choices[token], token)))
+        while children:
+            guess.append(min(children, key=lambda token: (-children[token].count, token)))
+            children = children[guess[-1]].children
         return tuple(guess)
+
+
+class _Node:
+    def __init__(self) -> None:
+        self.count = 0
+        self.children: dict[int, _Node] = {}
 
 
 def _decode(
@@ -229,17 +258,17 @@ def _decode(
     prompts: Sequence[npt.NDArray[np.int32]],
     rows: Sequence[Row],
     chosen: Sequence[Severity],
-    encoder: Encoder,
     contexts: _Contexts,
     limit: int,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the end token and what the template puts before a verdict."""
+    encoder = asker.encoder
     end = encoder.tokenizer.end
     drafts = Drafts()
     for row in rows:
-        # What is usual in these rows: labels, where there are any, in their frequency; the scored severity else.
-        if row.verdict is not None:
-            drafts.add(tuple(encoder.answer(row).tolist()))
+        if row.verdict is not None:  # labels, where there are any, in their frequency; the scored severity else
+            with suppress(MegamodError):  # one that the format has no word for is no help, and no fault
+                drafts.add(tuple(encoder.answer(row).tolist()))
     opening: dict[int, Ids] = {}
     for i, (row, severity) in enumerate(zip(rows, chosen, strict=True)):
         plan = contexts.plan(row)
@@ -279,8 +308,14 @@ def _decode(
 class _Asker:
     """Queries in packed rows through the grid's forward-only schedule."""
 
-    def __init__(self, chunks: Sequence[Decoder], grid: Grid, row_length: int, progress: bool) -> None:
-        self._chunks, self._grid, self._row_length, self._progress = chunks, grid, row_length, progress
+    def __init__(self, chunks: Sequence[Decoder], grid: Grid, encoder: Encoder, progress: bool) -> None:
+        self._chunks, self._grid, self._progress = chunks, grid, progress
+        self._unit = grid.cp.size * grid.tp.size  # what rows are shared by, under sp
+        assert encoder.limit is not None
+        self._row_length = encoder.limit // self._unit * self._unit
+        if not self._row_length:
+            raise MegamodError(f"rows of {encoder.limit} tokens cannot be shared by cp {grid.cp.size} × tp {grid.tp.size}: use longer ones")
+        self.encoder = replace(encoder, limit=self._row_length)
 
     def ask(self, queries: Sequence[Query], question: Question, what: str) -> list[Answer]:
         """The answers, in the queries' order, the same on every rank. `what` names it for the progress bar."""
@@ -315,10 +350,9 @@ class _Asker:
 
     def _fitted(self, lengths: Sequence[int]) -> int:
         """Rows no longer than a few texts need."""
-        unit = self._grid.cp.size * self._grid.tp.size
         rows = self._grid.dp.size * self._grid.pp.size
         needed = max(max(lengths), math.ceil(sum(lengths) / rows))
-        return min(self._row_length, math.ceil(needed / unit) * unit)
+        return min(self._row_length, math.ceil(needed / self._unit) * self._unit)
 
     def _batch(self, queries: Sequence[Query], capacity: int) -> Batch:
         """One packed row; what is left of it is a document that nothing is asked about."""

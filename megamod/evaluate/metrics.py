@@ -53,6 +53,12 @@ class Judged:
     verdict: Verdict | None = None  # parsed from greedy decoding; None: not decoded, or not parsed
     text: str | None = None  # what was decoded; None: nothing was
     kind: str | None = None  # a slice of the set to measure by, such as counter-speech
+    notes: tuple[str, ...] = ()  # what whoever reads the verdict should know, such as that the text was read in windows
+
+    @property
+    def severity(self) -> Severity:
+        """The most probable one; of equal ones the mildest."""
+        return max(self.scores, key=lambda severity: (self.scores[severity], -SEVERITIES.index(severity)))
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: arrays have no single truth value

@@ -4,7 +4,8 @@
      "verdict": {"severity": "unsafe", "categories": ["Violent"], …}, "text": "Safety: Unsafe⏎…", "label": "unsafe", …}
 
 `severity` is the most probable one; `verdict` and `text` are there where the text was decoded, `verdict` null where it did not
-parse; `id`, `label`, `categories`, `language` and `kind` are the row's own.
+parse; `notes` say what to know of it (read in windows, holds special tokens); `id`, `label`, `categories`, `language` and `kind` are the
+row's own.
 """
 
 import dataclasses
@@ -16,20 +17,32 @@ from pathlib import Path
 from typing import Any
 
 from megamod import files
-from megamod.data.jsonl import Row, json_object, lines_of, no_rows
+from megamod.data.jsonl import Row, json_object, lines_of, names_of, no_rows, severity_of, typed
 from megamod.errors import MegamodError
 from megamod.evaluate.metrics import Judged
 from megamod.verdicts import SEVERITIES, Verdict
 
 
-def record(row: Row, judged: Judged, line: int) -> dict[str, Any]:
+def record(row: Row, judged: Judged) -> dict[str, Any]:
     """One line of the file."""
     own = {"id": row.id, "label": row.label, "categories": list(row.categories), "language": row.language, "kind": row.kind}
-    severity = max(judged.scores, key=lambda s: judged.scores[s])
     verdict = judged.verdict and {k: v for k, v in dataclasses.asdict(judged.verdict).items() if v is not None}
     decoded = {"verdict": verdict, "text": judged.text} if judged.text is not None else {}
     known = {key: value for key, value in own.items() if value not in (None, [])}
-    return {"line": line, "severity": severity, "scores": dict(judged.scores), **decoded, **known}
+    notes = {"notes": list(judged.notes)} if judged.notes else {}
+    return {"line": row.line, "severity": judged.severity, "scores": dict(judged.scores), **decoded, **notes, **known}
+
+
+def check(path: str | Path) -> None:
+    """Refuse, before the work, a file that could not be written after it. Raises MegamodError."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.tmp")
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise MegamodError(f"{path}: {error.strerror or error}: a file that can be written was expected") from None
 
 
 def write(path: str | Path, rows: Sequence[Row], judged: Iterable[Judged]) -> None:
@@ -38,8 +51,8 @@ def write(path: str | Path, rows: Sequence[Row], judged: Iterable[Judged]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.tmp")
     with draft.open("w", encoding="utf-8") as file:
-        for line, (row, one) in enumerate(zip(rows, judged, strict=True), 1):
-            file.write(json.dumps(record(row, one, line), ensure_ascii=False) + "\n")
+        for row, one in zip(rows, judged, strict=True):
+            file.write(json.dumps(record(row, one), ensure_ascii=False) + "\n")
     files.sync(draft)
     os.replace(draft, path)
 
@@ -56,13 +69,20 @@ def _judged(record: dict[str, Any], where: str) -> Judged:
     scores = record.get("scores")
     if not isinstance(scores, dict) or not scores or not all(s in SEVERITIES and isinstance(p, int | float) for s, p in scores.items()):
         raise MegamodError(f"{where}: scores = {reprlib.repr(scores)}: probabilities by severity were expected")
-    label = record.get("label")
-    if label is not None and label not in SEVERITIES:
-        raise MegamodError(f"{where}: label = {reprlib.repr(label)}: one of {', '.join(SEVERITIES)} was expected")
-    try:
-        verdict = record.get("verdict")
-        said = verdict and Verdict(**{**verdict, "categories": tuple(verdict.get("categories", ()))})
-        categories = tuple(record.get("categories", ()))
-    except (TypeError, AttributeError) as error:
-        raise MegamodError(f"{where}: verdict or categories: {error}") from None
-    return Judged(scores, label, categories, record.get("language"), said, record.get("text"), record.get("kind"))
+    text = typed(record, "text", str, where)
+    said = typed(record, "verdict", dict, where)
+    verdict = None
+    if said is not None:
+        severity = severity_of(said, "severity", where)
+        if severity is None:
+            raise MegamodError(f"{where}: verdict = {reprlib.repr(said)}: no severity")
+        verdict = Verdict(
+            severity,
+            names_of(said, "categories", where),
+            typed(said, "refusal", bool, where),
+            severity_of(said, "request", where),
+            typed(said, "reason", str, where),
+        )
+    label, categories = severity_of(record, "label", where), names_of(record, "categories", where)
+    language, kind = typed(record, "language", str, where), typed(record, "kind", str, where)
+    return Judged(scores, label, categories, language, verdict, text, kind, names_of(record, "notes", where))

@@ -1,7 +1,8 @@
 """Validation during training: judge labelled rows every so often, remember which step was best, and say when to stop."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from megamod import files
 from megamod.config import EvalConfig
 from megamod.data.chat import Encoder
-from megamod.data.jsonl import Row, read_rows
+from megamod.data.jsonl import Row, json_object, lines_of, read_rows
 from megamod.errors import MegamodError, nearest
 from megamod.evaluate import report
 from megamod.evaluate.judge import judge
@@ -32,58 +33,74 @@ class Validation:
         directory: the run's.
         done: steps that the run goes on from; what was said of later ones is forgotten.
         steps: of the whole run: the last is validated whatever `cfg.every` says.
+        saved: whether there is a checkpoint after a step: without one, none is kept for being the best.
+
+    Raises:
+        MegamodError: a row that the template cannot take, or that does not fit; so that no step is made in vain.
     """
 
-    def __init__(self, cfg: EvalConfig, rows: Sequence[Row], encoder: Encoder, directory: Path, done: int, steps: int) -> None:
-        self._cfg, self._rows, self._encoder, self._directory, self._steps = cfg, rows, encoder, directory, steps
-        self._history = [(step, value) for step, value in _read(directory / HISTORY) if step <= done]
+    def __init__(
+        self, cfg: EvalConfig, rows: Sequence[Row], encoder: Encoder, directory: Path, done: int, steps: int, saved: Callable[[int], bool]
+    ) -> None:
+        self._cfg, self._encoder, self._directory, self._steps = cfg, encoder, directory, steps
+        self._rows = [encoder.gold(row) for row in rows]
+        for i, row in enumerate(rows):
+            encoder.prompts(row, cfg.max_new_tokens if i < cfg.decode else 0)
+        # What was said of other rows, or scored otherwise, is another number.
+        about = [cfg.limit, cfg.scoring, *[[row.label, *row.messages] for row in self._rows]]
+        self._digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        history = [record for record in _read(directory / HISTORY) if record["step"] <= done and record["rows"] == self._digest]
+        self._history: list[tuple[int, dict[str, float | None]]] = [(record["step"], record["metrics"]) for record in history]
+        self._lost = {step for step, _ in self._history if cfg.keep_best and not saved(step)}
 
     def is_due(self, step: int) -> bool:
         """Whether step `step`, which counts from 1, is followed by a validation."""
         return step == self._steps or (self._cfg.every is not None and step % self._cfg.every == 0)
 
-    def run(self, step: int, chunks: Sequence[Decoder], grid: Grid, row_length: int) -> dict[str, float | None]:
+    def run(self, step: int, chunks: Sequence[Decoder], grid: Grid) -> dict[str, float | None]:
         """Judge the rows; every rank calls it, and has the numbers for the log. Rank 0 writes `<run>/eval/step-…` and the history."""
         cfg = self._cfg
         judged = judge(
-            chunks, grid, self._rows, self._encoder, row_length=row_length, scoring=cfg.scoring, decode=cfg.decode,
-            max_new_tokens=cfg.max_new_tokens, progress=False,
+            chunks, grid, self._rows, self._encoder, scoring=cfg.scoring, decode=cfg.decode, max_new_tokens=cfg.max_new_tokens,
+            progress=False,
         )  # fmt: skip
         metrics = measure(judged, intervals=0)
-        self._history.append((step, _number(metrics, cfg.metric)))
+        numbers = {name: _number(metrics, name) for name in HEADLINE}
+        self._history.append((step, numbers))
 
         def write() -> None:
             report.write(metrics, judged, self._directory / "eval" / f"step-{step:08d}", title=f"{self._directory.name}, step {step}")
-            lines = (json.dumps({"step": s, cfg.metric: v}) + "\n" for s, v in self._history)
-            files.replace_text(self._directory / HISTORY, "".join(lines))
+            records = ({"step": s, "rows": self._digest, "metrics": n} for s, n in self._history)
+            files.replace_text(self._directory / HISTORY, "".join(json.dumps(record) + "\n" for record in records))
 
         together(write, acts=grid.rank == 0)
-        return {name: _number(metrics, name) for name in dict.fromkeys((cfg.metric, *LOGGED))}
+        return {name: numbers[name] for name in dict.fromkeys((cfg.metric, *LOGGED))}
 
     @property
     def best(self) -> int | None:
         """The step with the best value, the earlier of equal ones; None before the first that has a value."""
-        return self._best_of(self._history)
-
-    @property
-    def beaten(self) -> int | None:
-        """The step that was best before `best` was."""
-        return self._best_of([(step, value) for step, value in self._history if self.best is not None and step < self.best])
-
-    def keeps(self, step: int | None) -> bool:
-        """Whether step `step` is the best so far, and the best is to be kept."""
-        return self._cfg.keep_best and step is not None and step == self.best
-
-    @property
-    def has_converged(self) -> bool:
-        """Whether the last `patience` validations were none better than one before them."""
-        later = [step for step, _ in self._history if self.best is not None and step > self.best]
-        return self._cfg.patience is not None and len(later) >= self._cfg.patience
-
-    def _best_of(self, history: Sequence[tuple[int, float | None]]) -> int | None:
         sign = -1 if self._cfg.metric.split(".")[-1] in SMALLER_IS_BETTER else 1
-        known = [(sign * value, -step) for step, value in history if value is not None]
+        values = [(step, numbers[self._cfg.metric]) for step, numbers in self._history if step not in self._lost]
+        known = [(sign * value, -step) for step, value in values if value is not None]
         return -max(known)[1] if known else None
+
+    @property
+    def kept(self) -> int | None:
+        """The step that is kept for being the best; None: none is."""
+        return self.best if self._cfg.keep_best else None
+
+    @property
+    def beaten(self) -> list[int]:
+        """Validated steps that are not kept for being the best, or no longer."""
+        return [step for step, _ in self._history if step != self.kept]
+
+    @property
+    def stops(self) -> str | None:
+        """Why the run should stop: the last `patience` validations were none better than one before them. None: it should not."""
+        later = [step for step, _ in self._history if self.best is not None and step > self.best]
+        if self._cfg.patience is None or len(later) < self._cfg.patience:
+            return None
+        return f"{len(later)} validations without a better {self._cfg.metric} than after step {self.best}"
 
 
 def _number(metrics: Any, name: str) -> float | None:
@@ -97,21 +114,22 @@ def labelled_rows(cfg: EvalConfig, seed: int) -> list[Row]:
     """The rows that `cfg` names, in the file's order. Raises MegamodError for a row without a label, or an unknown metric."""
     if cfg.metric not in HEADLINE:
         raise MegamodError(f"eval.metric = {cfg.metric!r}: {nearest(cfg.metric, HEADLINE)}")
-    rows = list(read_rows(cfg.data))
-    for row in rows:
-        if row.label is None:
-            raise MegamodError(f"{row.where}: no label: rows to validate on need one")
+    rows = list(read_rows(cfg.data, labelled=True))
     if cfg.limit is not None and cfg.limit < len(rows):
         chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[: cfg.limit])
         rows = [rows[i] for i in chosen]
     return rows
 
 
-def _read(file: Path) -> list[tuple[int, float | None]]:
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The history's lines. Raises MegamodError for a damaged one."""
     if not file.exists():
         return []
-    try:
-        lines = [list(json.loads(line).values()) for line in file.read_text(encoding="utf-8").splitlines()]
-        return [(step, value) for step, value in lines]
-    except (OSError, ValueError, AttributeError) as error:
-        raise MegamodError(f"{file}: damaged ({error}): remove it") from None
+    found = []
+    for where, line in lines_of(file):
+        record = json_object(line, where)
+        kinds = {"step": int, "rows": str, "metrics": dict}
+        if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()) or not {*HEADLINE} <= record["metrics"].keys():
+            raise MegamodError(f"{where}: no line of a run's validations: remove the file")
+        found.append(record)
+    return found

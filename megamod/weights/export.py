@@ -28,11 +28,12 @@ from megamod.parallel.grid import Grid
 from megamod.weights.load import INDEX
 from megamod.weights.table import Piece, hf_shapes, placed
 
-# What makes a directory stand alone beside its config and weights; copied from the source where it has them.
-COMPANIONS = (
+# What makes a directory stand alone beside its config and weights; copied where they are.
+TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE*",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+MODEL = ("generation_config.json", "LICENSE*")
 
 # Hugging Face name → its pieces over the TP ranks, once each: the rank that owns it, this rank's parameter, the piece.
 Stage = Mapping[str, Sequence[tuple[int, nn.Parameter, Piece]]]
@@ -45,7 +46,7 @@ def export(
     directory: str | Path,
     *,
     source: str | Path,
-    companions: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     texts: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 4_000_000_000,
@@ -55,7 +56,7 @@ def export(
     Args:
         chunks: this rank's, bare or wrapped in DistributedDataParallel.
         source: the Hugging Face directory that the run began from: its config.json, tokenizer and licence are copied.
-        companions: where the tokenizer comes from instead; None: `source`.
+        tokenizer: where the tokenizer comes from instead; None: `source`.
         texts: further small files, by name; they replace companions of that name.
         dtype: of the written tensors; None: the parameters' own, bit for bit.
         shard_bytes: a file holds at most so much, or a single larger tensor.
@@ -70,7 +71,7 @@ def export(
     shards = _deal(stage, grid.tp.size, dtype.itemsize, shard_bytes)
     try:
         # Where it fails, the others learn of it: each step ends with all ranks agreed that it is done, or with the same error.
-        others = (Path(companions or source), texts or {})
+        others = (Path(tokenizer or source), texts or {})
         together(lambda: _prepare(shape, Path(source), target, draft, dtype, *others), acts=grid.rank == 0)
         files = _name_files(shards[grid.tp.rank] if grid.dp_cp.rank == 0 else [], shape, grid)
         together(lambda: _write_shards(stage, shards, files[grid.rank], draft, grid, dtype), acts=grid.dp_cp.rank == 0)
@@ -82,12 +83,14 @@ def export(
     return Path(directory)
 
 
-def check(shape: Shape, source: str | Path, target: str | Path) -> None:
+def check(shape: Shape, source: str | Path, target: str | Path, tokenizer: str | Path | None = None) -> None:
     """Refuse an export that cannot succeed; cheap, so a run asks before its first step.
 
     Raises:
-        MegamodError: a target that holds something, or a source that is not there or describes another model.
+        MegamodError: a target that holds something, a source that is not there or describes another model, or a companion that
+            is a link out of its directory.
     """
+    _companions(Path(source), Path(tokenizer or source))
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise MegamodError(f"{target}: exists and is not an empty directory; export to a new one, or remove it")
@@ -144,23 +147,32 @@ def _name_files(own: Sequence[Sequence[str]], shape: Shape, grid: Grid) -> list[
     return files
 
 
-def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype, companions: Path, texts: Mapping[str, str]) -> None:
+def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch.dtype, tokenizer: Path, texts: Mapping[str, str]) -> None:
     """Rank 0, first: refuse what cannot succeed, then begin the draft with all but the weights."""
-    check(shape, source, target)
+    check(shape, source, target, tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     if draft.exists():  # left by an export that was killed
         shutil.rmtree(draft)
     draft.mkdir()
     _write_json(draft / "config.json", both_spellings(read_config(source), str(dtype).removeprefix("torch.")))
-    for file in sorted(f for pattern in COMPANIONS for f in companions.glob(pattern)):
-        if file.resolve().parent != companions.resolve():  # what it shows might be a secret of this machine
-            raise MegamodError(f"{file}: a link that leaves the directory is not followed; put the file itself there")
-        if file.is_file():
-            shutil.copyfile(file, draft / file.name)
-            sync(draft / file.name)
+    for file in _companions(source, tokenizer):
+        shutil.copyfile(file, draft / file.name)
+        sync(draft / file.name)
     for name, text in texts.items():
         (draft / name).write_text(text, encoding="utf-8")
         sync(draft / name)
+
+
+def _companions(source: Path, tokenizer: Path) -> list[Path]:
+    """The small files to copy. Raises MegamodError for one that is a link out of its directory."""
+    found = []
+    for directory, patterns in ((tokenizer, TOKENIZER), (source, MODEL)):
+        for file in sorted(f for pattern in patterns for f in directory.glob(pattern)):
+            if file.resolve().parent != directory.resolve():  # what it shows might be a secret of this machine
+                raise MegamodError(f"{file}: a link that leaves the directory is not followed; put the file itself there")
+            if file.is_file():
+                found.append(file)
+    return found
 
 
 def _write_shards(
