@@ -271,7 +271,7 @@ def test_no_package_registry_is_named() -> None:
 
 # --- the README's tree -----------------------------------------------------------------------------------------------------
 
-WORD = re.compile(r"[\w.*-]+\.(?:py|sh|sbatch|md|toml|json)\b|\bLICENSE\b|\b\w+/(?=[\s:])")
+WORD = re.compile(r"[\w.*-]+\.(?:py|sh|sbatch|md|toml|json|png)\b|\bLICENSE\b|\b\w+/(?=[\s:])")
 
 
 def tree() -> list[str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,11 +365,20 @@ def test_a_damaged_store_is_one_line(tmp_path: Path, what: str) -> None:
 def test_a_store_of_another_vocabulary(model: Path, tmp_path: Path) -> None:
     store = Store(prepare(conversations(tmp_path / "rows.jsonl", 5), tmp_path, CHAT, str(model)).path)
     cfg = DataConfig(train=str(store.directory))
-    stores = [made.path for made in prepare_all(cfg, "none", VOCAB, tmp_path)]
+    stores = [made.path for made in prepare_all(replace(cfg, chat=CHAT), str(model), VOCAB, tmp_path)]
     assert stores == [str(store.directory)]
     said = complaint(lambda: open_documents(cfg, stores, store.largest, 1))
     assert said == f"{store.directory}: holds token id {store.largest}, the model has {store.largest}: it was made for another model"
     assert open_documents(cfg, stores, store.largest + 1, 1).fingerprint() == store.fingerprint()
+
+
+def test_a_store_that_was_tokenised_otherwise_is_refused(model: Path, tmp_path: Path) -> None:
+    store = Store(prepare(conversations(tmp_path / "rows.jsonl", 5), tmp_path, CHAT, str(model), limit=900).path)
+    cfg = DataConfig(train=str(store.directory), chat=CHAT)
+    assert prepare_all(cfg, str(model), VOCAB, tmp_path)[0].path == str(store.directory), "the limit may differ"
+    for chat, what in ((replace(CHAT, reasons=not CHAT.reasons), "reasons"), (replace(CHAT, format="wildguard"), "format")):
+        said = complaint(lambda chat=chat: prepare_all(replace(cfg, chat=chat), str(model), VOCAB, tmp_path))  # type: ignore[misc]
+        assert said.startswith(f"{store.directory}: prepared with another {what} than data.chat and model.path ask for")
 
 
 # ---- faults of the rows
