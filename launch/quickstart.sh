@@ -34,7 +34,8 @@ say() { printf '\n== %s\n' "$*"; }
 NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 export NPROC
 run=runs/quickstart${real:+_real}
-new=$(mktemp -d) # the rows may come from an earlier quickstart's folder
+new=$run.new # the rows may come from an earlier quickstart's folder
+rm -rf "$new"
 trap 'rm -rf "$new"' EXIT
 
 say "data"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megamod.config import EvalConfig
 from megamod.data.jsonl import Row, row_of
 from megamod.evaluate.metrics import HEADLINE
-from megamod.evaluate.validation import HISTORY, Validation, labelled_rows
+from megamod.evaluate.validation import HISTORY, Record, Validation, labelled_rows
 
 ROWS = [row_of({"text": "x", "label": "safe"}, "e.jsonl:1"), row_of({"text": "y", "label": "unsafe"}, "e.jsonl:2")]
 ENCODER: Any = SimpleNamespace(gold=lambda row: row, prompts=lambda row, room: None)
@@ -29,14 +29,13 @@ def validation(
 def said(made: Validation, *values: tuple[int, float | None], metric: str = "macro_f1") -> Validation:
     """As `run` notes what a validation said of `metric`; of the others nothing."""
     for step, value in values:
-        made._history.append((step, {name: value if name == metric else None for name in HEADLINE}))
+        made._history.append(Record(step, made._digest, {name: value if name == metric else None for name in HEADLINE}, step == 99))
     return made
 
 
 def keep(made: Validation, folder: Path) -> None:
     """As `run` writes it."""
-    records = [{"step": step, "rows": made._digest, "metrics": numbers} for step, numbers in made._history]
-    (folder / HISTORY).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / HISTORY).write_text("".join(json.dumps(record._asdict()) + "\n" for record in made._history))
 
 
 @settings(max_examples=200, deadline=None)
@@ -72,13 +71,19 @@ def test_a_step_without_a_checkpoint_is_never_the_best_to_be_kept(tmp_path: Path
 
 def test_another_metric_reads_its_own_numbers_and_other_rows_none(tmp_path: Path) -> None:
     first = validation(tmp_path)
-    first._history += [(1, {**dict.fromkeys(HEADLINE), "macro_f1": 0.9, "strict.auroc": 0.1})]
-    first._history += [(2, {**dict.fromkeys(HEADLINE), "macro_f1": 0.8, "strict.auroc": 0.7})]
+    for step, f1, auroc in ((1, 0.9, 0.1), (2, 0.8, 0.7)):
+        first._history.append(Record(step, first._digest, {**dict.fromkeys(HEADLINE), "macro_f1": f1, "strict.auroc": auroc}, False))
     keep(first, tmp_path)
     assert validation(tmp_path, done=2).best == 1
     assert validation(tmp_path, done=2, metric="strict.auroc").best == 2
     assert validation(tmp_path, done=2, rows=ROWS[:1]).best is None
     assert validation(tmp_path, done=2, scoring="first_token").best is None
+
+
+def test_the_last_step_of_a_run_is_not_forgotten_for_being_beaten(tmp_path: Path) -> None:
+    made = said(validation(tmp_path), (2, 0.5), (99, 0.4))
+    assert (made.best, made.beaten) == (2, [])
+    assert said(validation(tmp_path), (2, 0.5), (3, 0.4)).beaten == [3]
 
 
 def test_when_one_is_due(tmp_path: Path) -> None:

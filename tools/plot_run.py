@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="a PNG file")
     args = parser.parse_args()
     try:
-        plot(curves(args.run / "metrics.jsonl"), args.run.name, args.out)
+        plot(curves(args.run / "metrics.jsonl"), str(args.run), args.out)
     except MegamodError as error:
         print(f"megamod: error: {error}", file=sys.stderr)
         return 1
@@ -53,31 +53,32 @@ def curves(file: Path) -> dict[str, Curve]:
 
 
 def plot(found: dict[str, Curve], title: str, out: Path) -> None:
-    """One page: losses on the left, validations in the middle, learning rate and gradient norm on the right."""
-    figure = Figure(figsize=(14, 4), dpi=110, layout="constrained")
+    """A panel for the losses, one for the validations, one for learning rate and gradient norm; those that have something to show."""
+    panels = {
+        "loss": [name for name in found if name == "loss" or name.startswith("nll")],
+        "validation": [name for name in found if name.startswith("eval/")],
+        "gradient norm, learning rate": [name for name in ("grad_norm", "lr") if name in found],
+    }
+    shown = {what: names for what, names in panels.items() if names}
+    if not shown:
+        raise MegamodError(f"{title}: neither losses nor validations in metrics.jsonl")
+    figure = Figure(figsize=(5 * len(shown), 4), dpi=110, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    axes = figure.subplots(1, 3)
-    losses = [name for name in found if name == "loss" or name.startswith("nll")]
-    validations = [name for name in found if name.startswith("eval/")]
-    _draw(axes[0], found, losses, "loss", log=True)
-    _draw(axes[1], found, validations, "validation", marker="o")
-    _draw(axes[2], found, [name for name in ("grad_norm", "lr") if name in found], "gradient norm and learning rate", log=True)
+    for axes, (what, names) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        _draw(axes, found, names, what, is_validation=what == "validation")
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.tmp")
     figure.savefig(draft, format="png")
     draft.replace(out)
 
 
-def _draw(axes: Axes, found: dict[str, Curve], names: list[str], title: str, *, log: bool = False, marker: str | None = None) -> None:
+def _draw(axes: Axes, found: dict[str, Curve], names: list[str], title: str, *, is_validation: bool) -> None:
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
-    if not names:
-        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color="0.5")
-        return
     for name in names:
-        axes.plot(*found[name], label=name.removeprefix("eval/"), marker=marker)
-    if log and any(value > 0 for name in names for value in found[name][1]):
+        axes.plot(*found[name], label=name.removeprefix("eval/"), marker="o" if is_validation else None)
+    if not is_validation and any(value > 0 for name in names for value in found[name][1]):
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.legend(frameon=False)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,15 @@ from megamod.parallel.grid import Grid
 HISTORY = "validations.jsonl"  # in the run's directory: a line for each
 LOGGED = ("macro_f1", "accuracy", "strict.f1", "strict.auroc", "strict.fpr", "strict.fnr")
 SMALLER_IS_BETTER = ("fpr", "fnr", "ece")
+
+
+class Record(NamedTuple):
+    """A line of the history."""
+
+    step: int
+    rows: str  # a digest of what was judged, and how
+    metrics: dict[str, float | None]  # of HEADLINE
+    ends: bool  # whether it was the run's last step
 
 
 class Validation:
@@ -49,9 +58,8 @@ class Validation:
         # What was said of other rows, or scored otherwise, is another number.
         about = [cfg.limit, cfg.scoring, *[[row.label, *row.messages] for row in self._rows]]
         self._digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        history = [record for record in _read(directory / HISTORY) if record["step"] <= done and record["rows"] == self._digest]
-        self._history: list[tuple[int, dict[str, float | None]]] = [(record["step"], record["metrics"]) for record in history]
-        self._lost = {step for step, _ in self._history if cfg.keep_best and not saved(step)}
+        self._history = [r for r in _read(directory / HISTORY) if r.step <= done and r.rows == self._digest]
+        self._lost = {r.step for r in self._history if cfg.keep_best and not saved(r.step)}
 
     def is_due(self, step: int) -> bool:
         """Whether step `step`, which counts from 1, is followed by a validation."""
@@ -66,12 +74,11 @@ class Validation:
         )  # fmt: skip
         metrics = measure(judged, intervals=0)
         numbers = {name: _number(metrics, name) for name in HEADLINE}
-        self._history.append((step, numbers))
+        self._history.append(Record(step, self._digest, numbers, ends=step == self._steps))
 
         def write() -> None:
             report.write(metrics, judged, self._directory / "eval" / f"step-{step:08d}", title=f"{self._directory.name}, step {step}")
-            records = ({"step": s, "rows": self._digest, "metrics": n} for s, n in self._history)
-            files.replace_text(self._directory / HISTORY, "".join(json.dumps(record) + "\n" for record in records))
+            files.replace_text(self._directory / HISTORY, "".join(json.dumps(r._asdict()) + "\n" for r in self._history))
 
         together(write, acts=grid.rank == 0)
         return {name: numbers[name] for name in dict.fromkeys((cfg.metric, *LOGGED))}
@@ -80,7 +87,7 @@ class Validation:
     def best(self) -> int | None:
         """The step with the best value, the earlier of equal ones; None before the first that has a value."""
         sign = -1 if self._cfg.metric.split(".")[-1] in SMALLER_IS_BETTER else 1
-        values = [(step, numbers[self._cfg.metric]) for step, numbers in self._history if step not in self._lost]
+        values = [(r.step, r.metrics[self._cfg.metric]) for r in self._history if r.step not in self._lost]
         known = [(sign * value, -step) for step, value in values if value is not None]
         return -max(known)[1] if known else None
 
@@ -91,13 +98,13 @@ class Validation:
 
     @property
     def beaten(self) -> list[int]:
-        """Validated steps that are not kept for being the best, or no longer."""
-        return [step for step, _ in self._history if step != self.kept]
+        """Validated steps that are not kept for being the best, or no longer; a run's last step is kept for that."""
+        return [r.step for r in self._history if r.step != self.kept and not r.ends]
 
     @property
     def stops(self) -> str | None:
         """Why the run should stop: the last `patience` validations were none better than one before them. None: it should not."""
-        later = [step for step, _ in self._history if self.best is not None and step > self.best]
+        later = [r.step for r in self._history if self.best is not None and r.step > self.best]
         if self._cfg.patience is None or len(later) < self._cfg.patience:
             return None
         return f"{len(later)} validations without a better {self._cfg.metric} than after step {self.best}"
@@ -121,15 +128,17 @@ def labelled_rows(cfg: EvalConfig, seed: int) -> list[Row]:
     return rows
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> list[Record]:
     """The history's lines. Raises MegamodError for a damaged one."""
     if not file.exists():
         return []
     found = []
+    kinds = {"step": int, "rows": str, "metrics": dict, "ends": bool}
     for where, line in lines_of(file):
         record = json_object(line, where)
-        kinds = {"step": int, "rows": str, "metrics": dict}
-        if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()) or not {*HEADLINE} <= record["metrics"].keys():
+        if record.keys() != kinds.keys() or not all(isinstance(record[key], kind) for key, kind in kinds.items()):
             raise MegamodError(f"{where}: no line of a run's validations: remove the file")
-        found.append(record)
+        if not {*HEADLINE} <= record["metrics"].keys():
+            raise MegamodError(f"{where}: numbers are missing: remove the file")
+        found.append(Record(**record))
     return found
