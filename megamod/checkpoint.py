@@ -30,7 +30,7 @@ from megamod.errors import MegamodError, listed
 from megamod.optim import KINDS, Optimizer
 from megamod.parallel.collectives import together
 from megamod.parallel.grid import Grid
-from megamod.weights.table import boxes, overlap
+from megamod.weights.table import Box, boxes, overlap
 
 FORMAT = 1
 TRACKER = "latest"
@@ -143,61 +143,63 @@ def remove(path: str | Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+class _Stored:
+    """A checkpoint's pieces, read box by box, each checked once."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self._path, self._tensors = path, manifest["tensors"]
+        self._opened: dict[str, Any] = {}
+        self._last: tuple[tuple[str, str], Tensor] | None = None  # neighbours in a grid's order often need the same piece
+
+    def fill(self, view: Tensor, name: str, kind: str, box: Box) -> None:
+        """Copy the box of a tensor's master or moment into `view`, of the box's size. Raises MegamodError where it is not all there."""
+        filled = 0
+        for entry in self._tensors[name]["pieces"]:
+            common = overlap(box, (tuple(entry["offset"]), tuple(entry["size"]))) if entry["kind"] == kind else None
+            if common is None:
+                continue
+            address = (entry["file"], entry["key"])
+            if self._last is None or self._last[0] != address:
+                self._last = address, _read(self._path, entry, self._opened)
+            part = self._last[1].view(entry["size"])[common[1]]
+            view[common[0]] = part.to(view.device, view.dtype)
+            filled += part.numel()
+        if filled != view.numel():
+            raise MegamodError(f"{self._path}: {name} {kind}: {filled} of {view.numel()} elements at {box[0]} are stored")
+
+
 class Masters:
-    """A checkpoint's fp32 master weights as a Source of weights.load: a run's state as a model, without an export.
+    """A checkpoint's master weights as a Source of weights.load: a run's state as a model, without an export.
 
     Raises:
         MegamodError: damaged, or of another format.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path, self._opened = Path(path), dict[str, Any]()
-        manifest = _manifest(self._path)
+        manifest = _manifest(Path(path))
         self.about: dict[str, Any] = manifest["about"]
-        self._tensors: Mapping[str, dict[str, Any]] = manifest["tensors"]
+        self._shapes = {name: tuple(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
+        self._stored = _Stored(Path(path), manifest)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the tensors, by Hugging Face name."""
-        return {name: tuple(tensor["shape"]) for name, tensor in self._tensors.items()}
+        return self._shapes
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        """The box of `size` at `offset` of a tensor."""
-        box = (tuple(offset), tuple(size))
-        result, filled = torch.empty(*size), 0
-        for entry in self._tensors[name]["pieces"]:
-            common = overlap(box, (tuple(entry["offset"]), tuple(entry["size"]))) if entry["kind"] == "master" else None
-            if common is not None:
-                part = _read(self._path, entry, self._opened).view(entry["size"])[common[1]]
-                result = result.to(part.dtype)
-                result[common[0]] = part
-                filled += part.numel()
-        if filled != result.numel():
-            raise MegamodError(f"{self._path}: {name}: {filled} of {result.numel()} elements at {tuple(offset)} are stored")
+        """The box of `size` at `offset` of a tensor, in float64, which holds masters of any run exactly."""
+        result = torch.empty(*size, dtype=torch.float64)
+        self._stored.fill(result, name, "master", (tuple(offset), tuple(size)))
         return result
 
 
 def _fill(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Read what this rank's segments need."""
-    opened: dict[str, Any] = {}
-    cached: tuple[tuple[str, str], Tensor] | None = None  # neighbours in a grid's order often need the same piece
+    stored = _Stored(path, manifest)
     for segment in optimizer.segments:
-        piece = segment.piece
         for kind in KINDS:
             target = optimizer.tensor(segment, kind)
-            for start, stop, box in boxes(piece, segment.start, segment.stop):
-                view, filled = target[start - segment.start : stop - segment.start].view(box[1]), 0
-                for entry in manifest["tensors"][piece.hf]["pieces"]:
-                    common = overlap(box, (tuple(entry["offset"]), tuple(entry["size"]))) if entry["kind"] == kind else None
-                    if common is None:
-                        continue
-                    address = (entry["file"], entry["key"])
-                    if cached is None or cached[0] != address:
-                        cached = address, _read(path, entry, opened)
-                    part = cached[1].view(entry["size"])[common[1]]
-                    view[common[0]] = part.to(view.device, view.dtype)
-                    filled += part.numel()
-                if filled != view.numel():
-                    raise MegamodError(f"{path}: {piece.hf} {kind}: {filled} of {view.numel()} elements at {box[0]} are stored")
+            for start, stop, box in boxes(segment.piece, segment.start, segment.stop):
+                stored.fill(target[start - segment.start : stop - segment.start].view(box[1]), segment.piece.hf, kind, box)
 
 
 def _own_pieces(optimizer: Optimizer, file: str) -> tuple[dict[str, Tensor], list[Entry]]:

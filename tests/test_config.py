@@ -296,6 +296,16 @@ def test_any_value_comes_through_an_override(full: Path, drawn: tuple[str, Any])
     assert {k: v for k, v in leaves(cfg).items() if k != key} == before
 
 
+def test_what_is_none_is_begun_by_the_field_that_it_needs(plain: Path) -> None:
+    assert load(plain).eval is None
+    assert load(plain, ["eval.data=e.jsonl", "eval.every=3"]).eval == config.EvalConfig("e.jsonl", every=3)
+    assert complaint(lambda: load(plain, ["eval.every=3"])) == "override eval.every=3: eval is None: give eval.data first"
+    text = complaint(lambda: load(plain, ["eval.data=e.jsonl", "eval.decode=4", "data.row_length=64"]))
+    assert text == "eval.max_new_tokens = 128: must be below data.row_length = 64"
+    assert "would not be read: eval.every is None" in complaint(lambda: load(plain, ["eval.data=e.jsonl", "eval.patience=2"]))
+    assert "verdict format 'qwenguard'" in complaint(lambda: load(plain, ["data.chat.format=qwenguard"]))
+
+
 # --- the file --------------------------------------------------------------------------------------------------------------
 
 

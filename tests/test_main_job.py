@@ -143,7 +143,7 @@ def test_the_best_step_is_exported_and_kept(run: Path) -> None:
     assert masters.shapes() == shards.shapes()
     for name, size in shards.shapes().items():
         zero = [0] * len(size)
-        assert torch.equal(masters.read(name, zero, size), shards.read(name, zero, size)), name
+        assert torch.equal(masters.read(name, zero, size), shards.read(name, zero, size).double()), name
 
 
 def test_the_export_stands_alone(run: Path) -> None:
@@ -221,6 +221,45 @@ def test_patience_ends_a_run_early(folder: Path) -> None:
     assert kept == {"step-00000001", "step-00000002", "step-00000003"}
     again = train(folder, "patient", "steps=9", "eval.every=1", "eval.limit=6", "eval.patience=2", "optim.lr=0", "checkpoint.every=2")
     assert "step 4/9" not in again.stdout
+
+
+NOTEBOOK = """
+import sys
+from pathlib import Path
+from megamod import config, train
+from megamod.errors import MegamodError
+from megamod.moderator import Moderator
+
+folder, *overrides = sys.argv[1:]
+for data in ("absent.jsonl", "held_out.jsonl"):
+    try:
+        directory = train.train(config.load(CONFIG, [*overrides, f"eval.data={folder}/{data}"]))
+    except MegamodError as error:
+        print("refused:", error)
+exported = next((directory / "hf").iterdir())
+for length in (0, 256):
+    try:
+        with Moderator(exported, row_length=length) as moderator:
+            long, short = moderator.judge(["a fine day. " * 200, {"text": "hello", "label": "safe"}])
+            print(long.notes, short.label)
+            moderator.judge("hello")
+    except MegamodError as error:
+        print("refused:", error)
+"""
+
+
+def test_a_notebook_goes_on_after_a_refusal(folder: Path) -> None:
+    overrides = [
+        f"dir={folder / 'notebook'}", f"model.path={folder / 'base'}", f"data.train={folder / 'train.jsonl'}", "steps=1", "eval.limit=4",
+        "optim.warmup_steps=0",
+    ]  # fmt: skip
+    done = python("-c", NOTEBOOK.replace("CONFIG", repr(CONFIG)), str(folder), *overrides)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(("refused", "("))]
+    assert said[0].startswith(f"refused: {folder}/absent.jsonl: No such file")
+    assert said[1] == "refused: row_length = 0: must be at least 1"
+    assert said[2].startswith("('read in ") and said[2].endswith(" windows',) safe")
+    assert said[3] == "refused: judge takes a list of conversations: judge([text])"
 
 
 def test_split_data(tmp_path: Path) -> None:
