@@ -34,6 +34,7 @@ setup(
             "trl==1.16.0",
             "bitsandbytes==0.50.2",
             "mistralrs==0.9.5",
+            "gguf==0.19.0",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],
