@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
+from complaints import complaint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamod import checkpoint
@@ -260,6 +262,14 @@ def test_a_notebook_goes_on_after_a_refusal(folder: Path) -> None:
     assert said[1] == "refused: row_length = 0: must be at least 1"
     assert said[2].startswith("('read in ") and said[2].endswith(" windows',) safe")
     assert said[3] == "refused: judge takes a list of conversations: judge([text])"
+
+
+def test_any_number_of_ranks_may_ask_whether_a_file_can_be_written(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(lambda _: records.check(tmp_path / "new" / "verdicts.jsonl"), range(400)))
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert complaint(lambda: records.check(tmp_path / "file" / "verdicts.jsonl")).startswith(f"{tmp_path / 'file' / 'verdicts.jsonl'}: ")
 
 
 def test_split_data(tmp_path: Path) -> None:

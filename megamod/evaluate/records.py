@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import reprlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,8 @@ def check(path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.tmp")
-        draft.touch()
-        draft.unlink()
+        with tempfile.TemporaryFile(dir=path.parent):  # without a name: every rank may ask at once
+            pass
     except OSError as error:
         raise MegamodError(f"{path}: {error.strerror or error}: a file that can be written was expected") from None
 
