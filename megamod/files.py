@@ -1,6 +1,8 @@
 """Writing files so that a reader finds the old bytes or the new ones, whole, whatever is killed when."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -13,13 +15,24 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` to write; then it is synced and takes its place at once. After a fault it is removed."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        yield draft
+        sync(draft)
+        os.replace(draft, path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):  # the usual case: it has its name, and is not there
+            draft.unlink()
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path` at once: a temporary neighbour, synced and renamed."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    os.replace(draft, path)
-    sync(path.parent)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def finish(file: Path) -> None:

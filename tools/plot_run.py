@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from megamod.data.jsonl import json_object, lines_of
 from megamod.errors import MegamodError
+from megamod.files import replacing
 
 Curve = tuple[list[int], list[float]]
 
@@ -67,9 +68,8 @@ def plot(found: dict[str, Curve], title: str, out: Path) -> None:
     for axes, (what, names) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
         _draw(axes, found, names, what, is_validation=what == "validation")
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.tmp")
-    figure.savefig(draft, format="png")
-    draft.replace(out)
+    with replacing(out) as draft:
+        figure.savefig(draft, format="png")
 
 
 def _draw(axes: Axes, found: dict[str, Curve], names: list[str], title: str, *, is_validation: bool) -> None:

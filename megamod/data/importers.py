@@ -126,13 +126,10 @@ def import_dataset(
     """Write one split of a set as JSONL, whole or not at all. The arguments are those of `read_dataset`."""
     found = read_dataset(name, folder, split=split, limit=limit, seed=seed, system=system, balance=balance, sets=sets)
     path = Path(out)
-    draft = path.with_name(f".{path.name}.tmp")  # files.replace_text's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
     except (OSError, UnicodeEncodeError) as error:
-        if draft.is_file():
-            draft.unlink()
         raise MegamodError(f"{path}: {getattr(error, 'strerror', None) or error}: a JSONL file that can be written was expected") from None
     return found
 

@@ -10,7 +10,6 @@ row's own.
 
 import dataclasses
 import json
-import os
 import reprlib
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -49,12 +48,9 @@ def write(path: str | Path, rows: Sequence[Row], judged: Iterable[Judged]) -> No
     """Write the file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
+    with files.replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
         for row, one in zip(rows, judged, strict=True):
             file.write(json.dumps(record(row, one), ensure_ascii=False) + "\n")
-    files.sync(draft)
-    os.replace(draft, path)
 
 
 def read(path: str | Path) -> list[Judged]:

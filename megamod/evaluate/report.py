@@ -5,7 +5,6 @@ drawn as its escape, `\\u6b67`, so that nothing is shown as an empty box; metric
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from megamod.errors import MegamodError
 from megamod.evaluate.metrics import BINS, FPRS, NAMES, Judged, Reading, Table, calibration, curve, headline, readings_of, tabulate
-from megamod.files import replace_text, sync
+from megamod.files import replace_text, replacing
 
 SIZE, DPI = (16.0, 10.0), 100  # inches, dots an inch
 LATIN = "DejaVu Sans"  # comes with matplotlib
@@ -91,11 +90,8 @@ def write(
         directory.mkdir(parents=True, exist_ok=True)
         # Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes the escape that JSON reads back.
         replace_text(json_file, text.encode("utf-8", "backslashreplace").decode("utf-8"))
-        draft = png_file.with_name(f".{png_file.name}.tmp")
-        draft.write_bytes(picture)
-        sync(draft)
-        os.replace(draft, png_file)
-        sync(directory)
+        with replacing(png_file) as draft:
+            draft.write_bytes(picture)
     except OSError as error:
         raise MegamodError(f"{directory}: {error.strerror or error}: a directory for the report was expected") from None
     return json_file, png_file
