@@ -1,7 +1,6 @@
-"""Documents, packing and the loader, each against the plainest code that says the same."""
+"""Documents, micro-batches and the loader, each against the plainest code that says the same."""
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from megamod.batch import Batch
 from megamod.config import ChatConfig, DataConfig, Source, SyntheticData
 from megamod.data.documents import Document, InMemory, synthetic
-from megamod.data.loader import Loader
+from megamod.data.loader import Loader, deal
 from megamod.data.packing import micro_batch, pack
 from megamod.data.store import Store, open_documents, prepare, prepare_all
 from megamod.errors import MegamodError
@@ -39,57 +38,9 @@ def documents(draw: st.DrawFn, longest: int = 9) -> Document:
     return document(tokens, draw(flags), draw(flags), draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])))
 
 
-# ---- pack
-
-
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The definition: look at every row for every document. Of equal rows, the one that was touched last."""
-    rows: list[list[int]] = []
-    touched: list[int] = []
-    for now, index in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
-        room = [capacity - sum(lengths[i] for i in row) for row in rows]
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[index]]
-        if fits:
-            best = min(fits, key=lambda r: (room[r], -touched[r]))
-            rows[best].append(index)
-            touched[best] = now
-        else:
-            rows.append([index])
-            touched.append(now)
-    return rows
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data(), st.integers(1, 40))
-def test_pack_is_best_fit_decreasing(data: st.DataObject, capacity: int) -> None:
-    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=40))
-    rows = pack(lengths, capacity)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
-    assert rows == best_fit_decreasing(lengths, capacity)
-    # A row is only opened for a document that no earlier row holds. This bounds the rows: at most one is half empty.
-    for earlier, later in itertools.combinations(rows, 2):
-        assert capacity - sum(lengths[i] for i in earlier) < lengths[later[0]]
-    assert sum(2 * sum(lengths[i] for i in row) <= capacity for row in rows) <= 1
-
-
-def test_pack_leaves_no_room_when_there_are_short_documents() -> None:
-    lengths = synthetic_lengths(SyntheticData(documents=10_000), longest=4096)
-    rows = pack(lengths, 4096)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert len(rows) == math.ceil(sum(lengths) / 4096)
-
-
 def synthetic_lengths(cfg: SyntheticData, longest: int) -> list[int]:
     lengths: list[int] = synthetic(cfg, VOCAB, longest, seed=3).lengths.tolist()
     return lengths
-
-
-def test_pack_names_a_document_longer_than_a_row() -> None:
-    with pytest.raises(MegamodError, match=r"^document 1 has 9 tokens, but a row holds 8: raise data\.row_length to 9$"):
-        pack([3, 9, 8], 8)
-    with pytest.raises(MegamodError, match=r"^document 1 has 0 tokens"):
-        pack([3, 0], 8)
 
 
 # ---- micro_batch
@@ -195,6 +146,10 @@ def test_the_stream_is_one_permutation_of_the_packed_rows_an_epoch() -> None:
     assert rows_of(loader(items, step=4, seed=6).step(0)) != rows_of(one.step(0))
 
 
+def told(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
+    return [tuple(batch.tokens.tolist()) for batch in batches]
+
+
 @QUICK
 @given(count=st.integers(1, 30), micro=st.integers(1, 3), factor=st.integers(1, 3), number=st.integers(0, 40), seed=st.integers(0, 9))
 def test_the_grid_and_the_micro_batch_change_only_who_reads_what(count: int, micro: int, factor: int, number: int, seed: int) -> None:
@@ -202,12 +157,40 @@ def test_the_grid_and_the_micro_batch_change_only_who_reads_what(count: int, mic
     one_by_one = loader(items, step=step, seed=seed).step(number)
     assert len(one_by_one) == step
     grouped = loader(items, step=step, micro=micro, seed=seed).step(number)
-    assert rows_of(grouped) == rows_of(one_by_one)
+    assert sorted(rows_of(grouped)) == sorted(rows_of(one_by_one)), "the same rows, in micro-batches of even cost"
     assert all(len(batch.tokens) == micro * 8 for batch in grouped)
     for size in (2, 4):
         ranks = [loader(items, step=step, micro=micro, rank=rank, size=size, seed=seed).step(number) for rank in range(size)]
-        together = [batch for turn in zip(*ranks, strict=True) for batch in turn]  # micro-batch j is rank j % size's
-        assert [tuple(batch.tokens.tolist()) for batch in together] == [tuple(batch.tokens.tolist()) for batch in grouped]
+        assert [len(share) for share in ranks] == [len(grouped) // size] * size
+        assert sorted(batch for share in ranks for batch in told(share)) == sorted(told(grouped)), "the same micro-batches"
+        for share in ranks:
+            left = iter(told(grouped))
+            assert all(batch in left for batch in told(share)), "in the stream's order"
+
+
+@QUICK
+@given(count=st.integers(1, 30), micro=st.integers(1, 3), factor=st.integers(1, 3), number=st.integers(0, 40), size=st.sampled_from([2, 4]))
+def test_shares_are_dealt_by_cost(count: int, micro: int, factor: int, number: int, size: int) -> None:
+    """Rows to micro-batches, and these to ranks: by Σ length² of what the batch says its documents are, padding among them."""
+    items, step = numbered(count), 4 * micro * factor
+    by_row = [row[0] for row in costs_of(loader(items, step=step).step(number))]
+    grouped = costs_of(loader(items, step=step, micro=micro).step(number))
+    assert grouped == [[by_row[i] for i in group] for group in deal(np.array(by_row), len(grouped))]
+    sums = [sum(costs) for costs in grouped]
+    for rank, hand in enumerate(deal(np.array(sums), size)):
+        share = costs_of(loader(items, step=step, micro=micro, rank=rank, size=size).step(number))
+        assert share == [grouped[j] for j in hand]
+
+
+def costs_of(batches: Sequence[Batch]) -> list[list[int]]:
+    """For each batch, Σ length² of each of its rows, of 8 tokens."""
+    found = []
+    for batch in batches:
+        costs = [0] * (len(batch.tokens) // 8)
+        for start, length in zip(np.cumsum([0, *batch.lengths]).tolist(), batch.lengths, strict=False):
+            costs[start // 8] += length**2
+        found.append(costs)
+    return found
 
 
 def test_a_step_does_not_depend_on_the_steps_before() -> None:

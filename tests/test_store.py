@@ -1,6 +1,7 @@
 """The token store holds the documents, whole, whatever was killed when; what is damaged or another one's is said in a line."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -451,7 +452,8 @@ def test_ranks_and_a_new_start_read_the_same_rows(model: Path, tmp_path: Path) -
         ranks = [loader(store, rank, size) for rank in range(size)]
         for number, step in enumerate(steps):
             shares = [told(one.step(number)) for one in ranks]
-            assert [batch for turn in zip(*shares, strict=True) for batch in turn] == step
+            assert [len(share) for share in shares] == [4 // size] * size
+            assert sorted(map(json.dumps, itertools.chain(*shares))) == sorted(map(json.dumps, step))
     again = Store(prepare(path, tmp_path / "stores", CHAT, str(model), limit=128).path)
     for number in (7, 3, 11):
         assert told(loader(again).step(number)) == steps[number], "after a kill, step n is step n"

@@ -1,20 +1,53 @@
 """From documents to a rank's micro-batches: one global order of rows, of which each data-parallel rank takes its part."""
 
+import heapq
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 
 from megamod.batch import Batch
+from megamod.config import RunConfig
 from megamod.data.documents import Documents
-from megamod.data.packing import micro_batch, pack
+from megamod.data.packing import attention_costs, micro_batch, pack
+from megamod.data.store import MANIFEST, open_documents, prepare_all
 from megamod.errors import MegamodError
+
+
+def deal(costs: npt.NDArray[np.int64], hands: int) -> list[list[int]]:
+    """Deals n things to hands of n / hands each, so that the hands cost much the same; a function of its arguments alone.
+
+    The costliest first, each to the hand that has cost least so far and is not full; of equal hands the first. Ranks wait for the
+    slowest at a step's end, so the costliest hand is what counts.
+
+    Args:
+        costs: [n], n a multiple of `hands`.
+
+    Returns:
+        Indices of each hand's things, ascending; hands in the order of their first things.
+    """
+    size = len(costs) // hands
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    open_hands = [(0, hand) for hand in range(hands)]  # (cost so far, hand), a heap
+    for thing in np.argsort(-costs, kind="stable").tolist():
+        cost, hand = heapq.heappop(open_hands)
+        dealt[hand].append(thing)
+        if len(dealt[hand]) < size:
+            heapq.heappush(open_hands, (cost + int(costs[thing]), hand))
+    return sorted(sorted(hand) for hand in dealt)
 
 
 class Loader:
     """Packs the documents once; then `step(n)` is a function of n alone, so to resume is to ask for the next step.
 
     Every epoch has the same rows in an order of its own, drawn from (seed, epoch). Epochs follow each other without a gap: a
-    step takes the next `rows_per_step` rows of that stream, from two epochs where it crosses their border. The grid decides
-    only which rank reads which of a step's micro-batches.
+    step takes the next `rows_per_step` rows of that stream, from two epochs where it crosses their border.
+
+    Rows have the same number of tokens, but attention costs the sum of their documents' squared lengths. So a step's rows are
+    dealt to micro-batches that cost much the same (a pipeline's stages wait for each other at every one), and these to the
+    data-parallel ranks (which wait at the step's end). A step's micro-batches do not depend on the grid, which decides only which
+    rank reads which of them.
 
     Args:
         documents: the same on every rank.
@@ -23,7 +56,7 @@ class Loader:
         rows_per_micro_batch: rows of a micro-batch.
         seed: of the rows' order.
         dp_rank: this data-parallel rank, of `dp_size`.
-        dp_size: data-parallel ranks; micro-batch j of a step goes to rank j % dp_size.
+        dp_size: data-parallel ranks; each has as many micro-batches of a step.
 
     Attributes:
         rows: how many packed rows there are; one epoch.
@@ -58,25 +91,54 @@ class Loader:
         self._seed = seed
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        lengths = documents.lengths.tolist()
-        self._packed = pack(lengths, row_length)
+        self._packed = pack(documents.lengths, row_length)
+        self._costs = attention_costs(self._packed, documents.lengths, row_length)  # [rows]
         self.rows = len(self._packed)
-        self.utilisation = sum(lengths) / (self.rows * row_length)
+        self.utilisation = int(documents.lengths.sum()) / (self.rows * row_length)
 
     def step(self, number: int) -> list[Batch]:
-        """This rank's micro-batches of global step `number`, which counts from 0."""
+        """This rank's micro-batches of global step `number`, which counts from 0; they, and rows in them, in the stream's order."""
         rows = self._stream(number * self._rows_per_step, self._rows_per_step)
-        size, stride = self._rows_per_micro_batch, self._rows_per_micro_batch * self._dp_size
-        groups = [rows[first : first + size] for first in range(self._dp_rank * size, len(rows), stride)]
-        return [micro_batch([[self._documents[i] for i in self._packed[row]] for row in group], self._row_length) for group in groups]
+        costs = self._costs[rows]
+        groups = deal(costs, len(rows) // self._rows_per_micro_batch)
+        mine = deal(np.array([costs[group].sum() for group in groups]), self._dp_size)[self._dp_rank]
+        return [
+            micro_batch([[self._documents[i] for i in self._packed[int(rows[at])].tolist()] for at in groups[j]], self._row_length)
+            for j in mine
+        ]
 
-    def _stream(self, first: int, count: int) -> list[int]:
+    def _stream(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """Rows [first, first + count) of epoch 0's order, epoch 1's, … one after the other."""
         epochs = range(first // self.rows, (first + count - 1) // self.rows + 1)
         skipped = first - epochs.start * self.rows
-        order: list[int] = np.concatenate([self._order(epoch) for epoch in epochs])[skipped : skipped + count].tolist()
-        return order
+        return np.concatenate([self._order(epoch) for epoch in epochs])[skipped : skipped + count]
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         # Drawn anew for each step: milliseconds for a hundred thousand rows, and there is no state that could be wrong.
         return np.random.default_rng([self._seed, epoch]).permutation(self.rows)
+
+
+def peek(cfg: RunConfig, vocab: int, step: int) -> list[Batch]:
+    """All micro-batches of a run's global step `step`, which counts from 1, as the run has them or would have them.
+
+    Nothing is written: a store that the run has made is read, one that it has not made is made in a temporary directory.
+
+    Args:
+        vocab: of the run's model.
+
+    Raises:
+        MegamodError: a step that the run does not have, or whatever is wrong with its data.
+    """
+    if not 1 <= step <= cfg.steps:
+        raise MegamodError(f"--step {step}: a step from 1 to {cfg.steps} was expected")
+    d = cfg.data
+    with tempfile.TemporaryDirectory(prefix="megamod-") as folder:
+        for store in Path(cfg.dir, "data").glob(f"*/{MANIFEST}"):
+            Path(folder, store.parent.name).symlink_to(store.parent.resolve(), target_is_directory=True)
+        stores = prepare_all(d, cfg.model.path, vocab, folder)
+        documents = open_documents(d, [store.path for store in stores], vocab, cfg.seed)
+        loader = Loader(
+            documents, row_length=d.row_length, rows_per_step=d.rows_per_step, rows_per_micro_batch=d.rows_per_micro_batch,
+            seed=cfg.seed, dp_rank=0, dp_size=1,
+        )  # fmt: skip
+        return loader.step(step - 1)

@@ -1,57 +1,298 @@
 """Documents into rows, rows into a batch. Labels are shifted here, once."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import TypedDict, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megamod.batch import Batch
-from megamod.data.documents import IGNORED, Document
+from megamod.data.documents import IGNORED, Document, Integers
 from megamod.errors import MegamodError
 
+Indices = npt.NDArray[np.int64]
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+# Rows that look alike, by their numbers: first, first + step, …, `count` of them, each with `held` documents. The first is the next
+# to be filled. Tuples, since packing is little else than making and unmaking them.
+_Run = tuple[int, int, int, int]  # (first, step, count, held)
+
+
+@dataclass(frozen=True, eq=False)  # eq=False: arrays have no single truth value
+class Rows(Sequence[Indices]):
+    """Which documents each row holds: `rows[r]` is an array of their indices, a view; a slice is `Rows` of its own."""
+
+    order: Indices  # [N]: documents, row after row
+    starts: Indices  # [R + 1]: row r is order[starts[r] : starts[r + 1]]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Indices: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+
+    def __getitem__(self, index: int | slice) -> "Indices | Rows":
+        which = range(len(self))[index]
+        if isinstance(which, int):
+            return self.order[self.starts[which] : self.starts[which + 1]]
+        return self.take(np.arange(which.start, which.stop, which.step))
+
+    def __iter__(self) -> Iterator[Indices]:
+        return (self.order[start:stop] for start, stop in pairwise(self.starts.tolist()))
+
+    def take(self, which: Indices) -> "Rows":
+        """The rows of these numbers, in this order."""
+        begin, sizes = self.starts[which], np.diff(self.starts)[which]  # [R'] each
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        return Rows(self.order[np.repeat(begin - starts[:-1], sizes) + np.arange(starts[-1])], starts)
+
+    def tolist(self) -> list[list[int]]:
+        """As lists of integers."""
+        order = self.order.tolist()
+        return [order[start:stop] for start, stop in pairwise(self.starts.tolist())]
+
+    def sums(self, values: Indices) -> Indices:
+        """[R] Each row's sum of its documents' `values` [N]. Every row of `pack` holds a document, which this relies on."""
+        return np.add.reduceat(values[self.order], self.starts[:-1]) if len(self) else np.zeros(0, np.int64)
+
+
+def pack(lengths: Sequence[int] | Integers, capacity: int) -> Rows:
     """Best fit decreasing: the longest document first, each into the fullest row that still holds it, else into a new row.
 
     Of documents of one length the first comes first; of rows with the same room the one that came to it last is taken. So the
-    result depends on the arguments alone. O(n log n) besides moving at most `capacity` small integers a document.
+    result depends on the arguments alone.
+
+    Rows with the same room differ in nothing that the rule asks about, so as many documents of one length as such rows take are
+    placed at once. What Python counts are therefore runs of equal rows: their number follows from how many different lengths
+    there are, some thousands, whether the documents are a thousand or a million. numpy then says which document lies where.
 
     Args:
-        lengths: tokens of each document.
+        lengths: [N] tokens of each document; an array spares a copy.
         capacity: tokens that a row holds.
 
     Returns:
-        Document indices of each row, rows in the order in which they were opened.
+        Document indices of each row, rows in the order in which they were opened, documents in that in which they were placed.
 
     Raises:
         MegamodError: a document that no row holds, or one without tokens.
     """
-    rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room → the rows that have it left, a stack; full rows are in none
-    rooms: list[int] = []  # the keys of `with_room`, ascending
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > capacity:
-            raise MegamodError(f"document {index} has {length} tokens, but a row holds {capacity}: raise data.row_length to {length}")
+    tokens = np.asarray(lengths, dtype=np.int64)
+    _check(tokens, capacity, first=0)
+    if not len(tokens):
+        return Rows(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    histogram = np.bincount(tokens)  # no longer than a row, which will lie in memory too
+    different = np.flatnonzero(histogram)[::-1]  # [D] lengths, falling
+    placements, filled = _place(different.tolist(), histogram[different].tolist(), capacity)
+    first, step, count, held, copies = np.array(placements, np.int64).reshape(-1, 5).T  # [P]
+    lowest, rows, holds = np.array([(min(f, f + s * (n - 1)), n, h) for f, s, n, h in filled], np.int64).T
+    by_number = np.argsort(lowest)
+    starts = np.concatenate([[0], np.cumsum(np.repeat(holds[by_number], rows[by_number]))])  # [R + 1]
+
+    # A visit is one row of a placement: `each` documents, taken from the longest first, into the places of row `row` that follow the
+    # `held` ones it has.
+    visits = np.cumsum(count)
+    row = np.repeat(first - step * (visits - count), count)  # [U] for U visits
+    row += np.repeat(step, count) * np.arange(len(row))
+    each = np.repeat(copies, count)  # [U]
+    shift = starts[row]  # [U]: from a document's turn to its place
+    shift += np.repeat(held, count)
+    shift -= np.cumsum(each) - each
+    place = np.repeat(shift, each)  # [N]
+    place += np.arange(len(place))
+    order = np.empty_like(place)
+    order[place] = _longest_first(tokens)
+    return Rows(order, starts)
+
+
+def _check(lengths: Indices, capacity: int, first: int) -> None:
+    """Raises MegamodError for the first of the documents `first`, `first` + 1, … that has no tokens, or too many for a row."""
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        at = int(((lengths < 1) | (lengths > capacity)).argmax())
+        index, length = first + at, int(lengths[at])
         if length < 1:
             raise MegamodError(f"document {index} has {length} tokens: at least 1 was expected")
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            row, room = len(rows), capacity
-            rows.append([])
-        else:
-            room = rooms[at]
-            row = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[at]
-        rows[row].append(index)
-        room -= length
-        if room:
-            if room not in with_room:
+        raise MegamodError(f"document {index} has {length} tokens, but a row holds {capacity}: raise data.row_length to {length}")
+
+
+def _longest_first(lengths: Indices) -> Indices:
+    """[N] indices, a stable order. By digits of 16 bits, which numpy sorts by radix: several times as fast as wider integers."""
+    keys = lengths.max() - lengths
+    order: Indices = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    for shift in range(16, int(keys.max()).bit_length(), 16):
+        order = order[np.argsort((keys >> shift & 0xFFFF).astype(np.uint16)[order], kind="stable")]
+    return order
+
+
+def _place(lengths: Sequence[int], counts: Sequence[int], capacity: int) -> tuple[list[int], list[_Run]]:
+    """Best fit decreasing of a histogram.
+
+    Args:
+        lengths: [D] the different lengths, falling.
+        counts: [D] documents of each.
+
+    Returns:
+        The placements in the order in which documents are taken, five integers each, flat: first, step, count and held of a run of
+        rows, and how many copies each of these rows gets. And the runs of all rows as they are at the end.
+    """
+    runs: dict[int, list[_Run]] = {}  # room → the rows that have it left, a stack of runs; full rows are in none
+    rooms: list[int] = []  # the keys of `runs`, ascending
+    placements: list[int] = []
+    full: list[_Run] = []
+    opened = 0
+    for length, count in zip(lengths, counts, strict=True):
+        at = emptied = bisect_left(rooms, length)
+        moved: list[tuple[int, _Run]] = []
+        while count:
+            if emptied < len(rooms):
+                room = rooms[emptied]
+                copies = room // length  # a row that takes one is the fullest that holds the next: it is filled up first
+                stack = runs[room]
+            else:
+                room = capacity
+                copies = room // length
+                new = -(-count // copies)
+                stack = [(opened, 1, new, 0)]
+                opened += new
+            while count and stack:
+                first, step, rows, held = stack.pop()
+                whole = min(rows, count // copies)
+                if whole:
+                    placements += (first, step, whole, held, copies)
+                    # The row that was filled last is the next to be filled: the run turns round.
+                    moved.append((room - copies * length, (first + step * (whole - 1), -step, whole, held + copies)))
+                    count -= whole * copies
+                if whole < rows:  # the last documents of this length, fewer than fill a row up
+                    if count:
+                        placements += (first + step * whole, step, 1, held, count)
+                        moved.append((room - count * length, (first + step * whole, step, 1, held + count)))
+                        whole += 1
+                        count = 0
+                    if whole < rows:
+                        stack.append((first + step * whole, step, rows - whole, held))
+            if not stack and room < capacity:
+                del runs[room]
+                emptied += 1
+        del rooms[at:emptied]
+        for room, run in moved:
+            if not room:
+                full.append(run)
+            elif room in runs:
+                runs[room].append(run)
+            else:
+                runs[room] = [run]
                 insort(rooms, room)
-            with_room.setdefault(room, []).append(row)
-    return rows
+    return placements, [*full, *(run for stack in runs.values() for run in stack)]
+
+
+def attention_costs(rows: Rows, lengths: Integers, capacity: int) -> Indices:
+    """[R] Σ length² over each row's documents: what attention costs. What is left of a row is a document, as in `micro_batch`."""
+    tokens = np.asarray(lengths, dtype=np.int64)
+    return rows.sums(tokens**2) + (capacity - rows.sums(tokens)) ** 2
+
+
+class PackState(TypedDict):
+    """Where a `StreamPacker` stands, as JSON."""
+
+    read: int  # documents read from the stream
+    due: int  # rows still to come of the buffer that was packed last
+    held: list[tuple[int, int]]  # (index in the stream, tokens) of each document that was read and is in no row yet, ascending
+
+
+class StreamPacker(Iterator[Indices]):
+    """Rows of a stream that cannot be read whole: at most `look_ahead` documents are read and not yet in a row.
+
+    A buffer is filled and packed by `pack`. Rows without room leave, the fullest half of all at least; the documents of the others
+    stay, and wait for short ones that fill them up. After the stream's end all rows leave, in the order of `pack`: a stream of
+    fewer than `look_ahead` documents has the rows of `pack`, one for one.
+
+    Between any two rows `state` is all there is to know: `StreamPacker(rest, capacity, look_ahead, state)`, where `rest` is the
+    stream from document `state["read"]` on, goes on with the row that would have been next. That the buffer's packing need not
+    be kept is a property of best fit decreasing: without some of its rows, their documents gone, the others are the same.
+
+    Args:
+        lengths: tokens of each document, read as far as needed.
+        capacity: tokens that a row holds.
+        look_ahead: documents held, at most.
+        state: of a packer with the same `capacity` and `look_ahead`, also after a detour through JSON; None: from the start.
+
+    Yields:
+        Indices of each row's documents, in the stream. Every document once.
+
+    Raises:
+        MegamodError: `look_ahead` below 1, a state that no such packer was in; on the way, what `pack` refuses.
+    """
+
+    def __init__(self, lengths: Iterable[int], capacity: int, look_ahead: int, state: PackState | None = None) -> None:
+        if look_ahead < 1:
+            raise MegamodError(f"look_ahead = {look_ahead}: at least 1 document was expected")
+        self._stream = iter(lengths)
+        self._capacity = capacity
+        self._look_ahead = look_ahead
+        state = state or PackState(read=0, due=0, held=[])
+        self._read = state["read"]
+        held = np.array(state["held"], dtype=np.int64).reshape(-1, 2)
+        self._held, self._lengths = held[:, 0], held[:, 1]  # [n] documents of the buffer, ascending in the stream
+        self._gone = np.zeros(len(held), np.bool_)  # [n]: left in a row
+        self._leaving: Iterator[Indices] = iter(())  # rows of the buffer that have not left yet …
+        self._due = 0  # … and how many these are
+        self._ended = False
+        if (
+            len(held) > look_ahead
+            or (np.diff(self._held, prepend=-1, append=self._read) < 1).any()
+            or ((self._lengths < 1) | (self._lengths > capacity)).any()
+            or not 0 <= state["due"] <= len(held)
+        ):
+            raise MegamodError(
+                f"a state with {self._read} documents read, {len(held)} of them held, and {state['due']} rows due is none of a packer "
+                f"with capacity = {capacity}, look_ahead = {look_ahead}"
+            )
+        if state["due"]:
+            self._pack(state["due"])
+
+    @property
+    def state(self) -> PackState:
+        """As of the last row that was yielded."""
+        stay = ~self._gone
+        held = list(zip(self._held[stay].tolist(), self._lengths[stay].tolist(), strict=True))
+        return PackState(read=self._read, due=0 if self._ended else self._due, held=held)
+
+    def __next__(self) -> Indices:
+        if not self._due:
+            self._fill()
+            if not len(self._held):
+                raise StopIteration
+            self._pack()
+        row = next(self._leaving)
+        self._due -= 1
+        self._gone[row] = True
+        return self._held[row]
+
+    def _fill(self) -> None:
+        """Forgets what has left, and reads as much."""
+        stay = ~self._gone
+        held, lengths = self._held[stay], self._lengths[stay]
+        new = np.fromiter(islice(self._stream, self._look_ahead - len(held)), np.int64)
+        _check(new, self._capacity, first=self._read)
+        self._held = np.concatenate([held, np.arange(self._read, self._read + len(new))])
+        self._lengths = np.concatenate([lengths, new])
+        self._gone = np.zeros(len(self._held), np.bool_)
+        self._read += len(new)
+        self._ended = len(self._held) < self._look_ahead
+
+    def _pack(self, due: int | None = None) -> None:
+        """Packs the buffer and says which rows leave: the `due` fullest, all of them after the end; None: as many as the rule says."""
+        rows = pack(self._lengths, self._capacity)
+        if not self._ended:
+            room = self._capacity - rows.sums(self._lengths)
+            due = due or max(int((room == 0).sum()), (len(rows) + 1) // 2)
+            rows = rows.take(np.argsort(room, kind="stable")[:due])
+        self._leaving, self._due = iter(rows), len(rows)
 
 
 def micro_batch(rows: Sequence[Sequence[Document]], capacity: int, pad_id: int = 0) -> Batch:

@@ -329,7 +329,7 @@ class _Asker:
         found: dict[int, Answer] = {}
         with tqdm(total=len(queries), desc=what, unit=" texts", delay=3, mininterval=1, disable=not self._progress) as bar:
             for first in range(0, len(packed), WAVE * each):
-                rows = packed[first : first + WAVE * each]
+                rows = packed[first : first + WAVE * each].tolist()
                 rows += [[]] * (-len(rows) % each)
                 mine = [self._batch([queries[i] for i in row], row_length) for row in rows[grid.dp.rank :: grid.dp.size]]
                 answers = self._gathered(collect(self._chunks, mine, question, grid), len(rows))
