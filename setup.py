@@ -8,7 +8,8 @@ setup(
     description="Training content-moderation language models on megatron-core, every part of the run open to the researcher",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megamod", "megamod.*"]),
+    packages=[*find_packages(include=["megamod", "megamod.*"]), "megamod_kernels"],
+    package_dir={"megamod": "megamod", "megamod_kernels": "kernels/megamod_kernels"},  # a top-level `kernels` is another package's name
     install_requires=[
         "torch==2.13.0",
         "megatron-core==0.16.1",
@@ -35,6 +36,7 @@ setup(
             "bitsandbytes==0.50.2",
             "mistralrs==0.9.5",
             "gguf==0.19.0",
+            "triton==3.9.0; sys_platform == 'linux'",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],

@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 # The repository's root, wherever the caller is; importable without an installation too.
 MEGAMOD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$MEGAMOD_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$MEGAMOD_ROOT:$MEGAMOD_ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 # Make or reuse .venv with megamod and the extras given ("", "gguf", "test", "cuda"); then use it. MEGAMOD_NO_INSTALL=1: use what is
 # on PATH as it is.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under ten minutes on one: tests marked gpu, a real training step with tokens/s, MFU and
-# memory, and the main job. Uses .venv if there is one, else the python on PATH, with what setup.py names and pytest. All parts run, whatever the
+# Everything that only a GPU can show, in under ten minutes on one: kernels against their references and their speed, tests marked
+# gpu, a real training step with tokens/s, MFU and memory, and the main job. Uses .venv if there is one, else the python on PATH, with what setup.py names and pytest. All parts run, whatever the
 # first says; the exit status is the last bad one. The report also goes to runs/gpu_check/report.txt.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -17,7 +17,9 @@ check() {
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
     git log -1 --format='commit %H' 2>/dev/null || true
     python -c 'import torch, megatron.core; print("torch", torch.__version__, "· megatron-core", megatron.core.__version__)'
-    python -m pytest -m gpu tests/test_gpu.py || status=$?
+    python -m pytest -m gpu tests/test_kernel_*.py tests/test_gpu.py || status=$?
+    python kernels/bench.py packing || status=$?
+    python tools/bench_context.py --shape configs/models/smollm2-135m --cp 1 || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
     MEGAMOD_NO_INSTALL=1 NPROC=1 bash launch/quickstart.sh || status=$?
     return "$status"

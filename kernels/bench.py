@@ -1,0 +1,204 @@
+"""Time the kernels beside their plain torch references and torch.compile's of these, in one run on one GPU.
+
+python kernels/bench.py packing                 a table, and as the last line one JSON object
+python kernels/bench.py packing --device cpu    a rehearsal of this program: tiny shapes, the references only, no kernel
+
+Before a case is timed its results are compared with the reference's. The candidates then take turns, so that clocks and heat are the
+same for all; between two runs the GPU's cache is overwritten. Times are medians of CUDA events. `% of copy` is against what a large
+`copy_` reached in the same run: these kernels only move memory, and a copy is as fast as memory moves.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps a script's folder off the path
+
+from megamod_kernels import cases, packing
+
+WARM_UP, ROUNDS = 10, 50
+COPY_BYTES = 1 << 30
+CACHE_BYTES = 256 << 20  # more than any GPU's L2
+TOLERANCE = 2**-6  # of the largest number: two roundings of bf16 apart
+
+
+Op = Callable[..., Any]  # a public function of megamod_kernels, its reference, or that one compiled
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of the table: what is done with an operation, and the two that do it."""
+
+    name: str
+    moved: int  # bytes that must be read and written
+    run: Callable[[Op], Tensor | Sequence[Tensor]]
+    kernel: Op
+    reference: Op  # it leaves its inputs as they are, and runs first
+
+
+def packing_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
+    for rope in (case for case in cases.ROPE if case.bench == bench and case.tokens):
+        q, k = (torch.randn(rope.tokens, n, rope.dim, device=device).to(dtype) for n in (rope.heads, rope.kv_heads))
+        angles = torch.rand(rope.tokens, rope.dim // 2, device=device) * 6.3
+        inputs = q, k, angles.cos(), angles.sin()
+        moved = 2 * rope.numbers * dtype.itemsize + 2 * 4 * angles.numel()
+        # In place, again and again: a rotation keeps lengths, so the numbers stay what they are like.
+        yield Task(f"rope {rope.name}", moved, forward(*inputs), packing.rope, packing.rope_ref)
+        # Leaves are given here, which cannot be turned in place.
+        kernel = partial(packing.rope, inplace=False)
+        yield Task(f"rope and backward {rope.name}", 2 * moved, forward_and_backward(*inputs), kernel, packing.rope_ref)
+    for pad in (case for case in cases.PAD if case.bench == bench and case.tokens):
+        x = torch.randn(pad.tokens, *pad.width, device=device).to(dtype)
+        borders = torch.tensor(pad.borders, dtype=torch.int32, device=device)
+        padded = packing.pad_ref(x, borders, pad.longest)
+        read, written = (t.numel() * t.element_size() for t in (x, padded))
+        yield Task(f"pad {pad.name}", read + written, forward(x, borders, pad.longest), packing.pad, packing.pad_ref)
+        yield Task(f"unpad {pad.name}", 2 * read, forward(padded, borders, pad.tokens), packing.unpad, packing.unpad_ref)
+
+
+def forward(*args: Any) -> Callable[[Op], Tensor | Sequence[Tensor]]:
+    return lambda op: op(*args)
+
+
+def forward_and_backward(*args: Tensor) -> Callable[[Op], Sequence[Tensor]]:
+    """For an operation with two results, of the shapes of its first two arguments."""
+    leaves, rest = [x.clone().requires_grad_() for x in args[:2]], args[2:]
+    grads = [torch.randn_like(x) for x in leaves]
+
+    def run(op: Op) -> Sequence[Tensor]:
+        out = op(*leaves, *rest)
+        return *(x.detach() for x in out), *torch.autograd.grad(out, leaves, grads)
+
+    return run
+
+
+KERNELS: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Task]]] = {"packing": packing_tasks}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel", choices=sorted(KERNELS))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("megamod: error: no GPU that torch can use; --device cpu rehearses with the references", file=sys.stderr)
+        return 1
+    if args.device == "cuda" and version("triton") is None:
+        print("megamod: error: triton cannot be imported, so there is no kernel to time", file=sys.stderr)
+        return 1
+    device = torch.device(args.device)
+    torch.manual_seed(1)
+    report = on_gpu(args.kernel, device) if args.device == "cuda" else on_cpu(args.kernel, device)
+    print(json.dumps({"kernel": args.kernel, **about(device), **report}))
+    return 1 if any(not case["agrees"] for case in report["cases"]) else 0
+
+
+def on_gpu(kernel: str, device: torch.device) -> dict[str, Any]:
+    """Kernel, reference and compiled reference, side by side."""
+    scratch = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
+    source, target = torch.empty(2, COPY_BYTES, dtype=torch.uint8, device=device)
+    (copy,) = turns([partial(target.copy_, source)], scratch)
+    rate = 2 * COPY_BYTES / copy / 1e6
+    print(f"{torch.cuda.get_device_name(device)} · a copy moves {rate:,.0f} GB/s · bf16, medians of {ROUNDS}, milliseconds")
+    print(f"{'':<46}{'kernel':>9}{'torch':>9}{'compiled':>9}{'GB/s':>8}{'% of copy':>11}{'× torch':>9}{'× compiled':>12}")
+    rows = []
+    for task in KERNELS[kernel](device, torch.bfloat16, True):
+        torch.compiler.reset()  # a case's own compilation, not one made for all shapes
+        ops = {"kernel": task.kernel, "reference": task.reference, "compiled": torch.compile(task.reference, dynamic=False)}
+        error = apart(task.run(task.reference), task.run(task.kernel))
+        ms = dict(zip(ops, turns([partial(task.run, op) for op in ops.values()], scratch), strict=True))
+        ours, gb_s = ms["kernel"], task.moved / ms["kernel"] / 1e6
+        row = {"name": task.name, "bytes": task.moved, "ms": ms, "gb_s": gb_s, "of_copy": gb_s / rate, **verdict(error)}
+        times = "".join(f"{t:>9.3f}" for t in ms.values())
+        ratios = f"{ms['reference'] / ours:>9.2f}{ms['compiled'] / ours:>12.2f}"
+        print(f"{task.name:<46}{times}{gb_s:>8,.0f}{gb_s / rate:>11.0%}{ratios}" + ("" if row["agrees"] else f"  WRONG by {error:.2g}"))
+        rows.append(row)
+    return {"mode": "kernel, reference and compiled reference", "dtype": "bfloat16", "copy_gb_s": rate, "rounds": ROUNDS, "cases": rows}
+
+
+def on_cpu(kernel: str, device: torch.device) -> dict[str, Any]:
+    """The same tasks, tiny, with the reference alone: shows that this program works, and nothing about a kernel."""
+    print("REHEARSAL on the CPU: tiny shapes, timings of the plain torch references, of no kernel")
+    print(f"{'':<46}{'torch ms':>10}")
+    rows = []
+    for task in KERNELS[kernel](device, torch.float32, False):
+        error = apart(task.run(task.reference), task.run(task.kernel))  # the public function, which takes the reference here
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            task.run(task.reference)
+            times.append((time.perf_counter() - start) * 1e3)
+        ms = statistics.median(times)
+        print(f"{task.name:<46}{ms:>10.3f}")
+        rows.append({"name": task.name, "bytes": task.moved, "ms": {"reference": ms}, **verdict(error)})
+    return {"mode": "rehearsal: reference timings on the CPU, of no kernel", "dtype": "float32", "cases": rows}
+
+
+def turns(candidates: Sequence[Callable[[], Any]], scratch: Tensor) -> list[float]:
+    """Milliseconds of each, medians over rounds in which all take their turn."""
+    for candidate in candidates:
+        for _ in range(WARM_UP):
+            candidate()
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)] for _ in candidates]
+    for i in range(ROUNDS):
+        for candidate, pairs in zip(candidates, events, strict=True):
+            scratch.zero_()  # nobody finds its input in the cache; it also hides the launch's own time, as a step's queue does
+            pairs[i][0].record()
+            candidate()
+            pairs[i][1].record()
+    torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(end) for start, end in pairs) for pairs in events]
+
+
+def apart(expected: Tensor | Sequence[Tensor], found: Tensor | Sequence[Tensor]) -> float:
+    """The largest difference, as a part of the largest number expected."""
+    pairs = zip(*([x] if isinstance(x, Tensor) else x for x in (expected, found)), strict=True)
+    return max(float((e.double() - f.double()).abs().max() / e.double().abs().max()) for e, f in pairs)
+
+
+def verdict(error: float) -> dict[str, Any]:
+    return {"error": error, "agrees": error <= TOLERANCE}
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What a timing cannot be read without."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = said([*git, "rev-parse", "HEAD"])
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "commit": commit,
+        "modified": bool(said([*git, "status", "--porcelain", "--", "."])) if commit else None,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def said(command: Sequence[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository: an unpacked archive
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
