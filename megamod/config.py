@@ -26,7 +26,7 @@ from megamod.errors import MegamodError, nearest
 from megamod.verdicts import Format, format_of
 
 Recompute = Literal["none", "selective", "full"]
-Attention = Literal["auto", "flash_attn", "varlen_attn", "reference"]
+Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen_attn", "reference"]
 Linear = Literal["megatron", "transformer_engine"]
 Dtype = Literal["bfloat16", "float32", "float64"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]

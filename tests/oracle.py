@@ -19,12 +19,18 @@ from megamod.model.head import Head
 
 def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """transformers' model of tiny config `name` with `tiny.weights`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     config = tiny.config(name)
     if config["model_type"] == "internlm3":  # the Llama class computes it: no class of its own in transformers
         config = {**config, "model_type": "llama"}
     kind = config.pop("model_type")
+    if name in tiny.VISION:
+        text = {"qwen2": "qwen2_5_vl_text", "qwen3": "qwen3_vl_text"}[kind]
+        decoder = AutoModel.from_config(AutoConfig.for_model(text, **config), attn_implementation="sdpa")
+        hf = nn.ModuleDict({"model": decoder, "lm_head": nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)}).to(dtype)
+        hf.load_state_dict(tiny.weights(name, dtype))
+        return in_double(hf) if dtype is torch.float64 else hf
     hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), attn_implementation="sdpa").to(dtype)
     state = tiny.weights(name, dtype)
     result = hf.load_state_dict(state, strict=False)
@@ -51,6 +57,9 @@ def _rms_norm(self: Any, x: Tensor) -> Tensor:
 
 def _rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
+    if hasattr(self, "mrope_section"):  # [3, 1, T, D/2]
+        cos, sin = (self.recomposition_frequencies(y) for y in (angles.cos(), angles.sin()))
+        return cos * self.attention_scaling, sin * self.attention_scaling
     both = torch.cat((angles, angles), -1)
     return both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
 
@@ -71,9 +80,11 @@ def run(hf: nn.Module, batches: Sequence[Batch], loss: LossFunction) -> tuple[Te
     totals = {unit: sum(batch.counts()[unit] for batch in batches) for unit in UNITS}
     value = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        pieces = [hf.model(document[None]).last_hidden_state[0] for document in batch.tokens.split(batch.lengths)]
-        head = Head.whole(torch.cat(pieces)[batch.rows], hf.lm_head.weight)
-        value = value + loss(_PlainHead(head.hidden, hf.lm_head.weight), _with(batch, totals)).value
+        decoder, lm_head = hf.get_submodule("model"), hf.get_submodule("lm_head")
+        documents = zip(batch.tokens.split(batch.lengths), batch.positions.split(batch.lengths, -1), strict=True)
+        pieces = [decoder(t[None], position_ids=p[..., None, :], use_cache=False).last_hidden_state[0] for t, p in documents]
+        head = Head.whole(torch.cat(pieces)[batch.rows], lm_head.weight)
+        value = value + loss(_PlainHead(head.hidden, lm_head.weight), _with(batch, totals)).value
     value.backward()
     return value.detach(), {name: p.grad for name, p in hf.named_parameters() if p.grad is not None}
 

@@ -35,6 +35,12 @@ def everything(head: Head, batch: Batch) -> Loss:
     return Loss(tokens + 0.5 * weights + samples + extras, {"nll": batch.mean_of(-logp)})
 
 
+def made_rows(model: str) -> list[Batch]:
+    """The rows of a case, for its ranks and for the oracle."""
+    shape = tiny.shape(model)
+    return rows.rows(shape.vocab, mrope=shape.rope.mrope_section is not None)
+
+
 @dataclass(frozen=True)
 class Case:
     model: str
@@ -48,7 +54,7 @@ class Case:
     def batches(self, grid: Grid) -> list[Batch]:
         fewest = grid.pp.size if grid.vpp > 1 else min(grid.pp.size, 2)
         count = self.micro_batches or min(fewest, len(rows.LENGTHS) // grid.dp.size)
-        return rows.shared(rows.rows(tiny.shape(self.model).vocab), grid.dp.rank, grid.dp.size, count)
+        return rows.shared(made_rows(self.model), grid.dp.rank, grid.dp.size, count)
 
 
 @dataclass

@@ -10,8 +10,11 @@ LENGTHS = ((7, 13, 12), (32,), (1, 2, 29), (16, 16), (5, 27), (8, 8, 8, 8), (31,
 ROW = 32
 
 
-def rows(vocab: int, lengths: Sequence[Sequence[int]] = LENGTHS, seed: int = 3, labelled: float = 0.4) -> list[Batch]:
-    """One Batch a row. The last document of row 1 … has no label at all, as filler has none."""
+def rows(vocab: int, lengths: Sequence[Sequence[int]] = LENGTHS, seed: int = 3, labelled: float = 0.4, mrope: bool = False) -> list[Batch]:
+    """One Batch a row. The last document of row 1 … has no label at all, as filler has none.
+
+    With `mrope` a token has three positions, any three, as in a document with an image.
+    """
     generator = torch.Generator().manual_seed(seed)
     result = []
     for number, row in enumerate(lengths):
@@ -26,6 +29,8 @@ def rows(vocab: int, lengths: Sequence[Sequence[int]] = LENGTHS, seed: int = 3, 
         labels = torch.randint(0, vocab, (len(at),), generator=generator)
         verdict = torch.rand(len(at), generator=generator) < 0.3
         weight = torch.rand(len(row), generator=generator, dtype=torch.float64)[sequence[at]] + 0.5
+        if mrope:
+            positions = torch.stack((positions, *torch.randint(0, 40, (2, total), generator=generator)))
         result.append(Batch(tokens, positions, tuple(row), at, labels, verdict, weight, sequence[at]))
     return result
 
@@ -36,7 +41,7 @@ def join(parts: Sequence[Batch]) -> Batch:
     documents = [len(p.lengths) for p in parts]
     return Batch(
         tokens=torch.cat([p.tokens for p in parts]),
-        positions=torch.cat([p.positions for p in parts]),
+        positions=torch.cat([p.positions for p in parts], -1),
         lengths=tuple(n for p in parts for n in p.lengths),
         rows=torch.cat([p.rows + sum(tokens[:i]) for i, p in enumerate(parts)]),
         labels=torch.cat([p.labels for p in parts]),

@@ -37,7 +37,7 @@ def grid() -> Iterator[Grid]:
         yield started
 
 
-@pytest.mark.parametrize("name", ["varlen_attn", "flash_attn"])
+@pytest.mark.parametrize("name", ["varlen_attn", "flash_attn", "flash_attn_3"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 8, 64), (8, 1, 128), (64, 8, 128), (28, 4, 128)])
 def test_attention(name: str, heads: int, kv_heads: int, dim: int) -> None:
     """Packed attention in bf16, forward and backward: off the fp32 reference by at most twice what the bf16 reference is."""
@@ -61,11 +61,11 @@ def test_attention(name: str, heads: int, kv_heads: int, dim: int) -> None:
         assert float((f - e).norm()) <= 2 * float((p - e).norm())
 
 
-@pytest.mark.parametrize("model", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("model", sorted({**tiny.CONFIGS, **tiny.VISION}))
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_float64_parity(model: str, recompute: str, tmp_path: object) -> None:
     """The model on NCCL and CUDA equals transformers on the CPU, loss and every gradient, in float64."""
-    value, gradients = oracle.run(oracle.model(model), rows.rows(tiny.shape(model).vocab), parity.everything)
+    value, gradients = oracle.run(oracle.model(model), parity.made_rows(model), parity.everything)
     with grids.started(P(), tiny.shape(model), device=CUDA) as grid:
         run = parity.prepare(Case(model, P(), recompute), grid, attention="reference")
         run.step()
@@ -73,7 +73,7 @@ def test_float64_parity(model: str, recompute: str, tmp_path: object) -> None:
         assert parity.worst(run, gradients, lambda s: s.grad.cpu()) <= 1e-11
 
 
-@pytest.mark.parametrize("attention", ["reference", "varlen_attn", "flash_attn"])
+@pytest.mark.parametrize("attention", ["reference", "varlen_attn", "flash_attn", "flash_attn_3"])
 def test_bf16_parity(attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, gradients are off the float64 oracle's by at most twice what transformers' own in bf16 are."""
     big = {"model_type": "qwen2", "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

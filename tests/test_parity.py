@@ -22,14 +22,18 @@ TOLERANCE = 1e-11
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- parity table: written by tests/test_parity.py -->", "<!-- end of the parity table -->"
 
-# Every tp × pp × vpp × sp that fits 8 ranks, the rest of which are data-parallel, with and without cp; uneven splits.
+# Every tp × pp × vpp × cp × sp that fits 8 ranks, the rest of which are data-parallel; uneven splits.
 GRIDS = [
     P(), P(pp=2), P(pp=4), P(pp=2, vpp=2), P(pp=2, layers_per_stage=(1, 3)),
     P(tp=2), P(tp=2, sp=True), P(tp=2, pp=2), P(tp=2, pp=2, sp=True), P(tp=2, pp=4), P(tp=2, pp=4, sp=True),
     P(tp=2, pp=2, vpp=2), P(tp=2, pp=2, vpp=2, sp=True), P(tp=2, pp=2, vpp=2, layers_per_stage=(2, 1, 0, 1)),
     P(tp=4), P(tp=4, sp=True), P(tp=4, pp=2), P(tp=4, pp=2, sp=True), P(tp=4, pp=2, vpp=2), P(tp=4, pp=2, vpp=2, sp=True),
     P(tp=8), P(tp=8, sp=True),
-    P(cp=2), P(cp=4, pp=2), P(cp=8), P(tp=2, cp=2, sp=True), P(tp=2, pp=2, cp=2), P(tp=2, pp=2, vpp=2, cp=2, sp=True), P(tp=4, cp=2),
+    P(cp=2), P(cp=2, pp=2), P(cp=2, pp=4), P(cp=2, pp=2, vpp=2), P(cp=2, pp=2, layers_per_stage=(3, 1)),
+    P(cp=4), P(cp=4, pp=2), P(cp=4, pp=2, vpp=2), P(cp=8),
+    P(tp=2, cp=2), P(tp=2, cp=2, sp=True), P(tp=2, pp=2, cp=2), P(tp=2, pp=2, cp=2, sp=True),
+    P(tp=2, pp=2, vpp=2, cp=2), P(tp=2, pp=2, vpp=2, cp=2, sp=True),
+    P(tp=2, cp=4), P(tp=2, cp=4, sp=True), P(tp=4, cp=2), P(tp=4, cp=2, sp=True),
 ]  # fmt: skip
 RECOMPUTE = ("none", "full")
 # By kv heads: models of equal kv heads share a started grid.

@@ -34,10 +34,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "internlm3": {"model_type": "internlm3", "rope_theta": 5e7, "num_key_value_heads": 2, "rope_scaling": DYNAMIC},
 }  # fmt: skip
 
+# Decoders of models that see images: a token has three positions. The oracle is the text part of transformers' model.
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2-mrope": {
+        "model_type": "qwen2", "hidden_size": 128,
+        "rope_parameters": {"rope_type": "mrope", "rope_theta": 1e6, "mrope_section": [3, 3, 2]},
+    },
+    "qwen3-mrope": {
+        "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    },
+}  # fmt: skip
+
 
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model."""
-    return {**BASE, **CONFIGS[name], **changes}
+    return {**BASE, **{**CONFIGS, **VISION}[name], **changes}
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from megamod.model.shape import Shape
 from megamod.parallel.collectives import sum_row_gradients
 from megamod.parallel.grid import Grid, kv_repeats
 from megamod.parallel.ulysses import heads_to_seq, seq_to_heads
+from megamod_kernels import packing
 
 
 @dataclass
@@ -38,23 +39,26 @@ class PackedRow(PackedSeqParams):
 class PackedAttention(nn.Module):
     """Causal attention inside each document of a packed row, shared by Ulysses over the context-parallel ranks."""
 
-    def __init__(self, heads: int, kv_heads: int, grid: Grid, attend: Attend) -> None:
+    def __init__(self, heads: int, kv_heads: int, grid: Grid, attend: Attend, *, recomputed: bool = False) -> None:
         super().__init__()
         self.group, self.attend = grid.cp.group, attend
+        # Recomputation begins again from q and k as they were. An exchange leaves them so: what it returns is new memory.
+        self.rotates_in_place = grid.cp.size > 1 or not recomputed
         repeats = kv_repeats(heads, kv_heads, grid.cp.size)
         assert repeats is not None, "the grid was checked against the model: parallel.grid.check"
         self.kv_repeats = repeats
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
-        """q `[T/cp, H/tp, D]`, k and v `[T/cp, K/tp, D]` → `[T/cp, H/tp, D]`."""
+        """q `[T/cp, H/tp, D]`, k and v `[T/cp, K/tp, D]` → `[T/cp, H/tp, D]`. q and k are given over: they may be written to."""
         assert row.documents is not None
         assert row.cos is not None
         assert row.sin is not None
         if self.kv_repeats > 1:
             k, v = (x.repeat_interleave(self.kv_repeats, 1) for x in (k, v))
-        q, k, v = (seq_to_heads(x, self.group) for x in (q, k, v))  # [T, H/(tp·cp), D]
-        q, k = (rope.rotate(x, row.cos, row.sin) for x in (q, k))
-        return heads_to_seq(self.attend(q, k, v, row.documents), self.group)
+        q, k, v = seq_to_heads(self.group, q, k, v)  # [T, H/(tp·cp), D]
+        q, k = packing.rope(q, k, row.cos, row.sin, inplace=self.rotates_in_place)
+        (out,) = heads_to_seq(self.group, self.attend(q, k, v, row.documents))
+        return out
 
 
 @dataclass
@@ -95,8 +99,8 @@ class SelfAttention(MegatronModule):
             bias=shape.o_bias, input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_comm_buffer_name="proj",
             tp_group=grid.tp.group,
         )  # fmt: skip
-        self.core_attention = PackedAttention(self.heads, self.kv_heads, grid, attend)
         self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self.core_attention = PackedAttention(self.heads, self.kv_heads, grid, attend, recomputed=self.recompute)
         if shape.qk_norm:
             self.q_layernorm = build_module(submodules.norm, config=config, hidden_size=d, eps=shape.norm_eps)
             self.k_layernorm = build_module(submodules.norm, config=config, hidden_size=d, eps=shape.norm_eps)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,32 +52,50 @@ def attention(name: str, device: torch.device, dtype: torch.dtype, deterministic
     if name == "auto":
         if not fused:
             return "reference", attend_reference
-        try:
-            return "flash_attn", _flash_attn(deterministic)
-        except MegamodError:
-            return "varlen_attn", _varlen_attn()
+        for first in ("flash_attn_3", "flash_attn"):
+            with suppress(MegamodError):
+                return first, FUSED[first](deterministic)
+        return "varlen_attn", _varlen_attn(deterministic)
     if not fused:
         here = f"{device.type} in {str(dtype).removeprefix('torch.')}"
         raise MegamodError(f"model.attention = {name!r} needs a GPU and bfloat16, this is {here}: use 'auto' or 'reference'")
-    return name, _flash_attn(deterministic) if name == "flash_attn" else _varlen_attn()
+    return name, FUSED[name](deterministic)
+
+
+def _flash_attn_3(deterministic: bool) -> Attend:
+    """FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), a package of its own, for Hopper."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise MegamodError("model.attention = 'flash_attn_3' needs a Hopper GPU: use 'auto'")
+    try:
+        from flash_attn_interface import flash_attn_varlen_func
+    except (ImportError, OSError) as error:
+        raise MegamodError(f"model.attention = 'flash_attn_3': flash_attn_interface cannot be imported ({error}): use 'auto'") from None
+    return _flash(flash_attn_varlen_func, deterministic)
 
 
 def _flash_attn(deterministic: bool) -> Attend:
-    """FlashAttention's own package (Dao 2023, arXiv:2307.08691)."""
+    """FlashAttention-2 (Dao 2023, arXiv:2307.08691)."""
     try:
         from flash_attn import flash_attn_varlen_func
     except (ImportError, OSError) as error:  # absent, or built for another torch
         raise MegamodError(f"model.attention = 'flash_attn': flash-attn cannot be imported ({error}): use 'auto'") from None
+    return _flash(flash_attn_varlen_func, deterministic)
+
+
+def _flash(flash_attn_varlen_func: Callable[..., Any], deterministic: bool) -> Attend:
+    """Both packages name what they take alike; some releases of the third return the log-sum-exp too."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
         borders: dict[str, Any] = {"cu_seqlens_q": d.cu_seqlens, "cu_seqlens_k": d.cu_seqlens}
         longest = {"max_seqlen_q": d.longest, "max_seqlen_k": d.longest}
-        return flash_attn_varlen_func(q, k, v, **borders, **longest, causal=True, deterministic=deterministic)
+        out = flash_attn_varlen_func(q, k, v, **borders, **longest, causal=True, deterministic=deterministic)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
 
     return attend
 
 
-def _varlen_attn() -> Attend:
+def _varlen_attn(deterministic: bool) -> Attend:
     """torch's own; its backward follows torch.use_deterministic_algorithms, which a deterministic run sets."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -90,6 +109,9 @@ def _varlen_attn() -> Attend:
         return out
 
     return attend
+
+
+FUSED = {"flash_attn_3": _flash_attn_3, "flash_attn": _flash_attn, "varlen_attn": _varlen_attn}
 
 
 def linears(name: str, device: torch.device) -> tuple[type, type]:

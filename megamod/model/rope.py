@@ -62,15 +62,25 @@ def _yarn(rope: Rope, powers: Tensor, dim: int) -> tuple[Tensor, float]:
 
 
 def tables(rope: Rope, dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, `[T, D/2]` each, of `positions` `[T]`, in at least fp32."""
+    """cos and sin, `[T, D/2]` each, in at least fp32.
+
+    Args:
+        positions: `[T]`; with `rope.mrope_section` also `[3, T]`, a token's place in time, height and width (Qwen2-VL,
+            arXiv:2409.12191), of which each frequency reads one. Text stands at the same place in all three.
+    """
     frequencies, factor = inverse_frequencies(rope, dim)
     work = torch.promote_types(dtype, torch.float32)
-    angles = positions.to(work)[:, None] * frequencies.to(positions.device, work)
+    places = positions[:, None] if positions.dim() == 1 else positions[_mrope_rows(rope, dim)].t()  # [T, 1] or [T, D/2]
+    angles = places.to(work) * frequencies.to(positions.device, work)
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) of `x` `[T, H, D]` by its position's angle."""
-    cos, sin = cos[:, None], sin[:, None]
-    a, b = x.to(cos.dtype).chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+def _mrope_rows(rope: Rope, dim: int) -> Tensor:
+    """`[D/2]`: which row of the positions each frequency reads, 0 time, 1 height, 2 width."""
+    assert rope.mrope_section is not None, "three rows of positions are for models with mrope_section"
+    if not rope.mrope_interleaved:  # Qwen2-VL, Qwen2.5-VL: stretches
+        return torch.arange(3, device="cpu").repeat_interleave(torch.tensor(rope.mrope_section, device="cpu"))
+    rows = torch.zeros(dim // 2, dtype=torch.long, device="cpu")  # Qwen3-VL: time, height, width in turn, then what time has left
+    for row in (1, 2):
+        rows[row : 3 * rope.mrope_section[row] : 3] = row
+    return rows

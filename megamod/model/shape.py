@@ -30,6 +30,9 @@ class Rope:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    # Models that see images: how many of the D/2 frequencies read a token's place in time, in height and in width.
+    mrope_section: tuple[int, int, int] | None = None
+    mrope_interleaved: bool = False  # time, height, width in turn, not in stretches
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def shape_of(config: Json) -> Shape:
         head_dim=head_dim,
         ffn=_get(config, "intermediate_size", int),
         vocab=_get(config, "vocab_size", int),
-        rope=_rope_of(config),
+        rope=_rope_of(config, head_dim),
         norm_eps=_get(config, "rms_norm_eps", float, 1e-6),
         max_position=_get(config, "max_position_embeddings", int),
         qkv_bias=flag(family.qkv_bias),
@@ -238,13 +241,23 @@ def _rope_entries(config: Json) -> tuple[str, float, dict[str, Any]]:
     entries = {key: value for key, value in given.items() if value is not None}
     kind = str(entries.pop("rope_type", None) or entries.get("type") or "default")
     entries.pop("type", None)
+    kind = "default" if kind == "mrope" else kind  # Qwen2-VL's word for the default with mrope_section
     theta = _get(entries, "rope_theta", float, _get(config, "rope_theta", float, 10000.0))
     entries.pop("rope_theta", None)
     return kind, float(theta), entries
 
 
-def _rope_of(config: Json) -> Rope:
+def _rope_of(config: Json, head_dim: int) -> Rope:
     kind, theta, entries = _rope_entries(config)
+    section, interleaved = entries.pop("mrope_section", None), _get(entries, "mrope_interleaved", bool, False)
+    entries.pop("mrope_interleaved", None)
+    if section is not None:
+        numbers = isinstance(section, list | tuple) and len(section) == 3 and all(type(n) is int and n > 0 for n in section)
+        if not numbers or sum(section) != head_dim // 2:
+            raise ConfigJsonError(
+                f"mrope_section = {section!r}: three positive integers that sum to head_dim / 2 = {head_dim // 2} were expected"
+            )
+        section = tuple(section)
     if entries.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigJsonError("rope_parameters: partial_rotary_factor other than 1 is not supported")
     if kind not in _ROPE_KEYS:
@@ -259,7 +272,7 @@ def _rope_of(config: Json) -> Rope:
     kinds = {"original_max_position_embeddings": int, "truncate": bool}
     values = {key: _get(entries, key, kinds.get(key, float)) for key in entries}
     values["original_max_position"] = values.pop("original_max_position_embeddings", None)
-    return Rope(theta=theta, kind=kind, **values)
+    return Rope(theta=theta, kind=kind, mrope_section=section, mrope_interleaved=interleaved, **values)
 
 
 def both_spellings(config: Json, dtype: str) -> dict[str, Any]:
