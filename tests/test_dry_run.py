@@ -37,6 +37,7 @@ REHEARSALS = {
     ),
     "moderation_7b": Rehearsal(8, (0, 5, 7)),
     "moderation_72b": Rehearsal(128, (3, 64, 127)),
+    "moderation_72b_long": Rehearsal(128, (0, 77, 127)),
     "gpu_check": Rehearsal(1, (0,)),
     "smollm2": Rehearsal(2, (0, 1)),
 }

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megamod import config
+from megamod.batch import Batch
 from megamod.config import RunConfig
 from megamod.data.chat import Encoder
 from megamod.data.documents import IGNORED, Document
-from megamod.data.loader import Loader
+from megamod.data.loader import Loader, peek
 from megamod.data.packing import micro_batch
 from megamod.data.store import Store, prepare_all
 from megamod.model.shape import read_shape
@@ -65,6 +66,10 @@ def run_of(folder: Path, *overrides: str) -> RunConfig:
     return config.load(folder / "run.py", overrides)
 
 
+def batches(cfg: RunConfig, step: int) -> list[Batch]:
+    return peek(cfg, tool.model_shape(cfg).vocab, step)
+
+
 def words_of(folder: Path) -> tool.Vocabulary:
     words = tool.vocabulary(str(folder / "base"))
     assert words is not None
@@ -102,7 +107,7 @@ def test_trained_is_what_follows_the_generation_prompt(folder: Path) -> None:
     words = words_of(folder)
     found: set[Told] = set()
     for step in range(1, 5):  # more than an epoch
-        for batch in tool.batches(run_of(folder), step):
+        for batch in batches(run_of(folder), step):
             for row in tool.passages(batch, 320):
                 assert [p.start % 320 for p in row] == [0, *np.cumsum([len(p) for p in row])[:-1]]
                 assert sum(map(len, row)) == 320
@@ -117,8 +122,8 @@ def test_trained_is_what_follows_the_generation_prompt(folder: Path) -> None:
 def test_rows_are_those_of_the_loader(folder: Path) -> None:
     """Step 3 of the log is the third that the loader makes, whichever way it is cut into micro-batches."""
     cfg = run_of(folder)
-    (whole,) = tool.batches(cfg, 3)
-    halves = tool.batches(run_of(folder, "data.rows_per_micro_batch=1"), 3)
+    (whole,) = batches(cfg, 3)
+    halves = batches(run_of(folder, "data.rows_per_micro_batch=1"), 3)
     assert torch.cat([half.tokens for half in halves]).equal(whole.tokens)
     store = Store(prepare_all(cfg.data, cfg.model.path, read_shape(cfg.model.path).vocab, folder / "stores")[0].path)
     loader = Loader(store, row_length=320, rows_per_step=2, rows_per_micro_batch=2, seed=cfg.seed, dp_rank=0, dp_size=1)
@@ -129,7 +134,7 @@ def test_rows_are_those_of_the_loader(folder: Path) -> None:
 def test_every_token_is_in_one_span(folder: Path) -> None:
     """Each token's bytes, by itself, joined: no byte is lost or told twice."""
     words = words_of(folder)
-    (batch,) = tool.batches(run_of(folder), 1)
+    (batch,) = batches(run_of(folder), 1)
     backend = AutoTokenizer.from_pretrained(folder / "base")
     for row in tool.passages(batch, 320):
         for passage in row:
@@ -162,6 +167,7 @@ def painted(text: str, trained: slice, verdict: slice = slice(0, 0)) -> str:
         ("a🎈b", slice(1, 6), slice(3, 5), "a⟦\\xf0\\x9f⟧⟪\\x8e\\x88⟫⟦b⟧"),
         ("x\ny\n", slice(2, 4), slice(0, 0), "x⏎\n⟦y⏎⟧\n"),
         ("⟦⏎\\", slice(0, 0), slice(0, 0), "\\u27e6\\u23ce\\\\"),
+        ("▐cp 1▌", slice(0, 0), slice(0, 0), "\\u2590cp 1\\u258c"),
         ("abc", slice(0, 3), slice(0, 0), "a⟦bc⟧"),  # a document's first token is never predicted
     ],
 )
@@ -216,7 +222,13 @@ def unescaped(shown: str) -> bytes:
     """What `visible` shows, back to what it was: signs that break the line, and escapes."""
     text = shown.replace(f"{tool.BREAK}\n", tool.BREAK).replace(tool.BREAK, "\n")
     plain = {"\\": "\\", "t": "\t", "r": "\r"}
-    return re.sub(r"\\(\\|t|r|x..|u.{4}|U.{8})", lambda m: plain.get(m[1]) or chr(int(m[1][1:], 16)), text).encode()
+
+    def meant(match: re.Match[str]) -> str:
+        number = int(match[1][1:], 16) if match[1] not in plain else 0
+        is_byte = match[1][0] == "x" and number >= 0x80
+        return plain.get(match[1]) or chr(0xDC00 + number if is_byte else number)
+
+    return re.sub(r"\\(\\|t|r|x..|u.{4}|U.{8})", meant, text).encode("utf-8", "surrogateescape")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -243,7 +255,7 @@ def test_brackets_tell_what_colours_tell(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_the_header_counts_the_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (batch,) = tool.batches(run_of(folder), 2)
+    (batch,) = batches(run_of(folder), 2)
     rows = tool.passages(batch, 320)
     filled = sum(len(p) for row in rows for p in row if not p.is_padding)
     trained, verdict = len(batch.labels), int(batch.verdict.sum())
@@ -271,7 +283,7 @@ def test_documents_and_padding_have_titles() -> None:
 
 
 def test_made_up_documents_show_ids(capsys: pytest.CaptureFixture[str]) -> None:
-    (first, *_) = tool.batches(config.load(TINY), 1)
+    (first, *_) = batches(config.load(TINY), 1)
     lines = printed(capsys, TINY).splitlines()
     text = lines[lines.index(next(line for line in lines if line.startswith("── document 1 "))) + 1]
     assert [int(n) for n in re.findall(r"\d+", text)] == first.tokens[: first.lengths[0]].tolist()
@@ -279,7 +291,7 @@ def test_made_up_documents_show_ids(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_store_of_the_run_is_read_and_nothing_is_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = run_of(folder, f"dir={tmp_path / 'run'}")
-    apart = [batch.tokens.tolist() for batch in tool.batches(cfg, 1)]
+    apart = [batch.tokens.tolist() for batch in batches(cfg, 1)]
     assert not (tmp_path / "run").exists()
     prepare_all(cfg.data, cfg.model.path, read_shape(cfg.model.path).vocab, tmp_path / "run" / "data")
     before = sorted(tmp_path.rglob("*"))
@@ -288,7 +300,7 @@ def test_a_store_of_the_run_is_read_and_nothing_is_written(folder: Path, tmp_pat
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(Encoder, "documents", refuse)
-    assert [batch.tokens.tolist() for batch in tool.batches(cfg, 1)] == apart
+    assert [batch.tokens.tolist() for batch in batches(cfg, 1)] == apart
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -299,15 +311,202 @@ def test_a_tokenizer_is_not_needed(folder: Path) -> None:
 
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(folder / "run.py")
+    shared = "cannot share a micro-batch's 640 tokens (data.row_length 320 × rows_per_micro_batch 2)"
     for arguments, wrong in (
         (["absent.py"], "absent.py: no such config file"),
         ([run, "--step", "10"], "--step 10: a step from 1 to 9 was expected"),
         ([run, "--rows", "0"], "--rows 0: at least 1 was expected"),
+        ([run, "--cp", "0"], "parallel.cp = 0: must be at least 1"),
+        ([run, "--cp", "7"], f"parallel.cp = 7 {shared}: use 5 or 8"),
+        ([run, "parallel.cp=3"], f"parallel.cp = 3 {shared}: use 2 or 4"),
+        ([run, "--cp", "641"], f"parallel.cp = 641 {shared}: use 640"),
         ([run, "data.train=absent.jsonl"], "absent.jsonl: No such file or directory: a JSONL file, or a store, was expected"),
     ):
         assert tool.main(arguments) == 1
         assert capsys.readouterr() == ("", f"megamod: error: {wrong}\n")
-    assert "row_length" in complaint(lambda: tool.batches(run_of(folder, "data.row_length=40", "data.chat.too_long=error"), 1))
+    assert "row_length" in complaint(lambda: batches(run_of(folder, "data.row_length=40", "data.chat.too_long=error"), 1))
+
+
+# --- context parallelism -----------------------------------------------------------------------------------------------------
+
+
+def document(text: str, trained_from: int) -> Document:
+    """A token a byte; those from `trained_from` on are trained."""
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    return Document(tokens, np.where(np.arange(len(tokens)) < trained_from, IGNORED, tokens), np.zeros(len(tokens), np.bool_))
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, rows: list[list[Document]], row_length: int, cp: int) -> list[str]:
+    """The lines of a step of one micro-batch, without the heading, the legend and what only fills a line."""
+    batch = micro_batch(rows, row_length)
+    monkeypatch.setattr(tool, "peek", lambda *_: [batch])
+    numbers = {"data.row_length": row_length, "data.rows_per_micro_batch": len(rows), "data.rows_per_step": len(rows), "parallel.cp": cp}
+    cfg = config.load(TINY, [f"{key}={value}" for key, value in numbers.items()])
+    parts = tool.page(cfg, 1, len(rows), BYTE_WISE, coloured=False).renderables
+    lines = [line.rstrip(" ═─") for part in parts[1:] for line in part.plain.split("\n")]
+    return [line for line in lines if line and not line.startswith("context ")]
+
+
+def test_a_border_inside_a_document_and_inside_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, [[document("abcdef", 3)]], 12, 3) == [
+        "cp 3 · 12 tokens of a micro-batch on 3 ranks · micro-batch 1 of 1",
+        "cp 0 · 4 tokens at 0–3  · labelled positions 2 · documents 1",
+        "cp 1 · 4 tokens at 4–7  · labelled positions 1 · documents 1",
+        "cp 2 · 4 tokens at 8–11 · labelled positions 0 · documents 0",
+        "══ row 1 of 1 · tokens 0–11 of micro-batch 1 · cp 0–2",
+        "── document 1 · 6 tokens, 3 trained · weight 1 · positions 0–5 · at 0–5 · cp 0–1",
+        "abc⟦d⟧▐cp 1▌⟦ef⟧",
+        "── padding · 6 tokens · at 6–11 · cp 1–2",
+        "── ▐cp 2▌ begins at 8",
+    ]
+
+
+def test_a_border_between_documents_and_before_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, [[document("ab", 9), document("cd", 1)]], 6, 3)[4:] == [
+        "══ row 1 of 1 · tokens 0–5 of micro-batch 1 · cp 0–2",
+        "── document 1 · 2 tokens, 0 trained · not trained · positions 0–1 · at 0–1 · cp 0",
+        "ab",
+        "── ▐cp 1▌ begins at 2",
+        "── document 2 · 2 tokens, 1 trained · weight 1 · positions 0–1 · at 2–3 · cp 1",
+        "c⟦d⟧",
+        "── ▐cp 2▌ begins at 4",
+        "── padding · 2 tokens · at 4–5 · cp 2",
+    ]
+
+
+def test_a_border_between_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two rows a micro-batch, half of its ranks is a row each; three ranks cut both rows inside."""
+    rows = [[document("abcdef", 1)], [document("ghijkl", 5)]]
+    assert drawn(monkeypatch, rows, 6, 2)[1:] == [
+        "cp 0 · 6 tokens at 0–5  · labelled positions 5 · documents 1",
+        "cp 1 · 6 tokens at 6–11 · labelled positions 1 · documents 1",
+        "══ row 1 of 2 · tokens 0–5 of micro-batch 1 · cp 0",
+        "── document 1 · 6 tokens, 5 trained · weight 1 · positions 0–5 · at 0–5 · cp 0",
+        "a⟦bcdef⟧",
+        "══ row 2 of 2 · tokens 6–11 of micro-batch 1 · cp 1",
+        "── ▐cp 1▌ begins at 0",
+        "── document 1 · 6 tokens, 1 trained · weight 1 · positions 0–5 · at 0–5 · cp 1",
+        "ghijk⟦l⟧",
+    ]
+    thirds = drawn(monkeypatch, rows, 6, 3)
+    assert [line for line in thirds if "▐" in line] == ["a⟦bcd⟧▐cp 1▌⟦ef⟧", "gh▐cp 2▌ijk⟦l⟧"]
+    assert [line[-6:] for line in thirds if "══" in line] == ["cp 0–1", "cp 1–2"]
+
+
+def test_the_label_of_the_first_token_after_a_border_counts_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = drawn(monkeypatch, [[document("abcd", 2)]], 4, 2)
+    assert [line.split(" · ")[2] for line in lines[1:3]] == ["labelled positions 1", "labelled positions 1"]
+    assert lines[-1] == "ab▐cp 1▌⟦cd⟧"
+
+
+def test_a_border_inside_a_character_and_after_a_line_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, [[document("好", 9), document("\n好", 0)]], 7, 7)[8:] == [
+        "══ row 1 of 1 · tokens 0–6 of micro-batch 1 · cp 0–6",
+        "── document 1 · 3 tokens, 0 trained · not trained · positions 0–2 · at 0–2 · cp 0–2",
+        "\\xe5▐cp 1▌\\xa5▐cp 2▌\\xbd",
+        "── ▐cp 3▌ begins at 3",
+        "── document 2 · 4 tokens, 3 trained · weight 1 · positions 0–3 · at 3–6 · cp 3–6",
+        "⏎",
+        "▐cp 4▌⟦\\xe5⟧▐cp 5▌⟦\\xa5⟧▐cp 6▌⟦\\xbd⟧",
+    ]
+
+
+def held(shown: str, pad: bytes) -> list[dict[int, bytes]]:
+    """From what is printed, the bytes of each rank of each micro-batch; `pad` is a token of padding."""
+    made: list[dict[int, bytes]] = []
+    rank, padding, text = 0, range(0), ""
+
+    def add(data: bytes) -> None:
+        made[-1][rank] = made[-1].get(rank, b"") + data
+
+    def finish() -> None:
+        nonlocal rank, padding, text
+        words, *rest = re.split("▐cp ([0-9]+)▌", re.sub("[⟦⟧⟪⟫]", "", text))
+        add(unescaped(words))
+        for number, words in zip(rest[::2], rest[1::2], strict=True):
+            rank = int(number)
+            add(unescaped(words))
+        add(pad * len(padding))
+        padding, text = range(0), ""
+
+    for line in shown[shown.index("══ row") :].splitlines():
+        if line.startswith("══ row"):
+            if made:
+                finish()
+            if " tokens 0–" in line:
+                made.append({})
+                rank = 0
+        elif border := re.match("── ▐cp ([0-9]+)▌ begins at ([0-9]+)", line):
+            inside = int(border[2]) - padding.start if padding else 0
+            rest, padding = padding[inside:], padding[:inside]
+            finish()
+            rank, padding = int(border[1]), rest
+        elif line.startswith("── "):
+            finish()
+            at = re.search(" at ([0-9]+)–([0-9]+) · cp ", line)
+            assert at is not None
+            padding = range(int(at[1]), int(at[2]) + 1) if line.startswith("── padding") else padding
+        elif line:
+            text += line + "\n" * line.endswith(("⏎", "⏎⟧", "⏎⟫"))
+    finish()
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("cp", [2, 5, 8, 64, 320])
+@pytest.mark.parametrize("color", ["never", "always"])
+def test_what_is_shown_of_a_rank_is_what_it_holds(folder: Path, capsys: pytest.CaptureFixture[str], cp: int, rows: int, color: str) -> None:
+    """Read back from the page, rank by rank, it is `Batch.slice`'s tokens: in colours or not, wherever the borders fall."""
+    words, backend = words_of(folder), AutoTokenizer.from_pretrained(folder / "base")
+    cut = f"data.rows_per_micro_batch={rows}"
+    shown = printed(capsys, str(folder / "run.py"), cut, "--rows", "2", "--cp", str(cp), "--color", color)
+    found = held(re.sub(r"\x1b\[[0-9;]*m", "", shown), words.spell(tool.PAD_ID))
+    made = batches(run_of(folder, cut), 1)
+    assert len(found) == len(made) == 2 // rows
+    for ranks, batch in zip(found, made, strict=True):
+        assert list(ranks) == list(range(cp))
+        for rank, data in ranks.items():
+            tokens = batch.slice(rank, cp, None).tokens.tolist()
+            assert data == b"".join(map(words.spell, tokens))
+            assert data.decode(errors="replace") == backend.decode(tokens, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_lines_of_the_ranks_count_what_batch_slice_gives_them(folder: Path, capsys: pytest.CaptureFixture[str], rows: int) -> None:
+    cut, cp = f"data.rows_per_micro_batch={rows}", 8
+    lines = printed(capsys, str(folder / "run.py"), cut, "--rows", "2", "--cp", str(cp)).splitlines()
+    made, width = batches(run_of(folder, cut), 1), 320 * rows // cp
+    for rank, line in enumerate(lines[2 : 2 + cp]):
+        start, stop = rank * width, (rank + 1) * width
+        labelled = [sum(start <= at < stop for at in batch.rows.tolist()) for batch in made]
+        assert labelled == [len(batch.slice(rank, cp, None).labels) for batch in made]
+        documents = [
+            sum(p.start < stop and start < p.stop and not p.is_padding for row in tool.passages(batch, 320) for p in row) for batch in made
+        ]
+        words = line.split(" · ")
+        assert [re.sub(" +", " ", word).strip() for word in words[:2]] == [f"cp {rank}", f"{width} tokens at {start}–{stop - 1}"]
+        assert [[int(n) for n in re.findall("[0-9]+", word)] for word in words[2:]] == [labelled, documents]
+
+
+def test_borders_and_ranks_without_labels_have_colours(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (str(folder / "run.py"), "--rows", "2", "--cp", "20")
+    plain, coloured = (printed(capsys, *arguments, "--color", color) for color in ("never", "always"))
+    assert "\x1b" not in plain
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).replace("  special token", "") == re.sub("[⟦⟧⟪⟫]", "", plain)
+    signs = re.findall("▐cp [0-9]+▌", plain)
+    assert signs == [f"▐cp {rank}▌" for rank in range(1, 20)]
+    assert re.findall(r"\x1b\[1;35m(?:── )?(▐cp [0-9]+▌)", coloured) == signs
+    without = re.findall(r"^(cp .*labelled positions +0 .*)$", plain, re.MULTILINE)
+    assert without == re.findall(r"^\x1b\[33m(cp .*)\x1b\[0m$", coloured, re.MULTILINE) != []
+
+
+def test_one_rank_shows_nothing_new(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(folder / "run.py")
+    alone, four = printed(capsys, run), printed(capsys, run, "--cp", "4")
+    assert "cp " not in alone
+    assert "▐" not in alone
+    assert alone == printed(capsys, run, "--cp", "1") == printed(capsys, run, "parallel.cp=4", "--cp", "1")
+    assert four == printed(capsys, run, "parallel.cp=4") != alone
 
 
 def test_piped_into_head(folder: Path) -> None:

@@ -1,24 +1,29 @@
-"""Show packed rows of a run as its loader makes them: what is read, what is trained, which tokens say the verdict.
+"""Show packed rows of a run as its loader makes them: what is read, what is trained, which tokens say the verdict, who holds them.
 
-    python tools/show_batch.py configs/<run>.py [owner.key=value ...] --step 412 --rows 2
+    python tools/show_batch.py configs/<run>.py [owner.key=value ...] --step 412 --rows 2 --cp 4
 
 --step counts from 1, as the log does. Line breaks show as ⏎ and break the line; other control characters, and the parts of a
 character that several spans share, show as Python's escapes (\\t, \\u200b, \\xe4). Without colours trained tokens stand in ⟦ ⟧
 and verdict tokens in ⟪ ⟫; where the text itself holds one of these, it shows as an escape too. Nothing is written: a store
 that the run has made is read, one that it has not made is made in a temporary directory.
+
+Where context parallelism (--cp N, or else the config's parallel.cp) cuts a micro-batch, ▐cp 2▌ stands before the first token of
+rank 2; between documents and inside padding it has a line of its own. The lines at the top say what each rank holds. The label
+of a trained token lies one position before it, so that of the first token after a border counts for the rank before the border.
 """
 
 import argparse
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from rich.console import Console, Group
 from rich.text import Text
 from transformers import AutoTokenizer
@@ -26,8 +31,7 @@ from transformers import AutoTokenizer
 from megamod import config
 from megamod.batch import Batch
 from megamod.config import RunConfig, SyntheticData
-from megamod.data.loader import Loader
-from megamod.data.store import MANIFEST, open_documents, prepare_all
+from megamod.data.loader import peek
 from megamod.errors import MegamodError
 from megamod.train import model_shape
 
@@ -35,30 +39,16 @@ Style = Literal["context", "trained", "verdict"]
 COLOURS: dict[Style, str] = {"context": "dim", "trained": "green", "verdict": "bold black on yellow"}
 BRACKETS: dict[Style, str] = {"context": "", "trained": "⟦⟧", "verdict": "⟪⟫"}
 SPECIAL = "underline"
+BORDER = "bold magenta"
+UNLABELLED = "yellow"  # a rank that holds none of a micro-batch's labels
 WIDTH = 100
 BREAK = "⏎"
-SIGNS = frozenset(BREAK + "\\" + "".join(BRACKETS.values()))  # have a meaning in what is printed
+EDGES = "▐▌"
+SIGNS = frozenset(BREAK + "\\" + EDGES + "".join(BRACKETS.values()))  # have a meaning in what is printed
 PAD_ID = 0  # packing.micro_batch's
 
 
 # --- the rows ----------------------------------------------------------------------------------------------------------------
-
-
-def batches(cfg: RunConfig, step: int) -> list[Batch]:
-    """The micro-batches of global step `step`, which counts from 1: all of them, in order. Raises MegamodError."""
-    if not 1 <= step <= cfg.steps:
-        raise MegamodError(f"--step {step}: a step from 1 to {cfg.steps} was expected")
-    d, vocab = cfg.data, model_shape(cfg).vocab
-    with tempfile.TemporaryDirectory(prefix="megamod-") as folder:
-        for store in Path(cfg.dir, "data").glob(f"*/{MANIFEST}"):
-            Path(folder, store.parent.name).symlink_to(store.parent.resolve(), target_is_directory=True)
-        stores = prepare_all(d, cfg.model.path, vocab, folder)
-        documents = open_documents(d, [store.path for store in stores], vocab, cfg.seed)
-        loader = Loader(
-            documents, row_length=d.row_length, rows_per_step=d.rows_per_step, rows_per_micro_batch=d.rows_per_micro_batch,
-            seed=cfg.seed, dp_rank=0, dp_size=1,
-        )  # fmt: skip
-        return loader.step(step - 1)
 
 
 @dataclass(frozen=True)
@@ -71,14 +61,27 @@ class Passage:
     trained: int
     weights: tuple[float, ...]  # of its trained tokens, each value once
     is_padding: bool
+    ranks: tuple[int, ...]  # of context parallelism: who holds each of its tokens
+    opens: bool  # whether its first rank's stretch begins with it, so that a border lies right before it
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
-def passages(batch: Batch, row_length: int) -> list[list[Passage]]:
-    """What lies in each row of a micro-batch, in order."""
+def holders(batch: Batch, cp: int) -> list[int]:
+    """The context-parallel rank, of `cp`, that holds each token of a micro-batch: asked of `Batch.slice`."""
+    places = replace(batch, tokens=torch.arange(len(batch.tokens)))  # each token is its own place
+    held = torch.empty_like(places.tokens)
+    for rank in range(cp):
+        held[places.slice(rank, cp, None).tokens] = rank
+    ranks: list[int] = held.tolist()
+    return ranks
+
+
+def passages(batch: Batch, row_length: int, cp: int = 1) -> list[list[Passage]]:
+    """What lies in each row of a micro-batch, in order, and on which of `cp` ranks."""
     rows: list[list[Passage]] = [[] for _ in range(len(batch.tokens) // row_length)]
+    held = holders(batch, cp)
     start = 0
     for number, length in enumerate(batch.lengths):
         stop = start + length
@@ -86,7 +89,9 @@ def passages(batch: Batch, row_length: int) -> list[list[Passage]]:
         # Padding is told from a document by what it is: the row's untrained rest, of one id.
         rest = not len(weights) and stop % row_length == 0 and not bool((batch.tokens[start:stop] != PAD_ID).any())
         positions = (int(batch.positions[start]), int(batch.positions[stop - 1]))
-        found = Passage(start, stop, positions, len(weights), tuple(weights.unique().tolist()), rest)
+        ranks = tuple(held[start:stop])
+        opens = start > 0 and held[start - 1] != ranks[0]
+        found = Passage(start, stop, positions, len(weights), tuple(weights.unique().tolist()), rest, ranks, opens)
         rows[start // row_length].append(found)
         start = stop
     return rows
@@ -148,6 +153,7 @@ class Mark(NamedTuple):
 
     style: Style
     special: bool
+    rank: int  # of context parallelism: who holds it
 
 
 class Span(NamedTuple):
@@ -163,7 +169,10 @@ def spans(batch: Batch, passage: Passage, vocabulary: Vocabulary) -> list[Span]:
         at + 1: "verdict" if verdict else "trained" for at, verdict in zip(batch.rows.tolist(), batch.verdict.tolist(), strict=True)
     }
     ids = batch.tokens[passage.start : passage.stop].tolist()
-    marks = [Mark(styles.get(at, "context"), token in vocabulary.special) for at, token in enumerate(ids, passage.start)]
+    marks = [
+        Mark(styles.get(at, "context"), token in vocabulary.special, rank)
+        for at, (token, rank) in enumerate(zip(ids, passage.ranks, strict=True), passage.start)
+    ]
     runs = groupby(zip(marks, ids, strict=True), key=itemgetter(0))
     return [Span(mark, b"".join(vocabulary.spell(token) for _, token in run)) for mark, run in runs]
 
@@ -190,25 +199,35 @@ def _visible(character: str) -> str:
 
 
 def painted(found: Sequence[Span], *, coloured: bool) -> Text:
-    """Spans as one text: in colours, or with brackets."""
+    """Spans as one text: in colours, or with brackets; with a sign wherever another rank's stretch begins."""
     text = Text()
-    if coloured:
-        for mark, data in found:
-            text.append(visible(data), f"{COLOURS[mark.style]} {SPECIAL}" if mark.special else COLOURS[mark.style])
-    else:
-        for style, run in groupby(found, key=attrgetter("mark.style")):
-            left, right = BRACKETS[style][:1], BRACKETS[style][1:]
-            whole = visible(b"".join(span.data for span in run))
-            body = whole.removesuffix("\n")  # what is trained is the sign, not the line that it breaks
-            text.append(left + body + right + whole[len(body) :])
+    for i, (rank, held) in enumerate(groupby(found, key=attrgetter("mark.rank"))):
+        if i:
+            text.append(sign(rank), BORDER)
+        if coloured:
+            for mark, data in held:
+                text.append(visible(data), f"{COLOURS[mark.style]} {SPECIAL}" if mark.special else COLOURS[mark.style])
+        else:
+            for style, run in groupby(held, key=attrgetter("mark.style")):
+                left, right = BRACKETS[style][:1], BRACKETS[style][1:]
+                whole = visible(b"".join(span.data for span in run))
+                body = whole.removesuffix("\n")  # what is trained is the sign, not the line that it breaks
+                text.append(left + body + right + whole[len(body) :])
     return text
 
 
-def legend(*, coloured: bool) -> Text:
-    """What the styles mean."""
-    words = [painted([Span(Mark(style, False), style.encode())], coloured=coloured) for style in COLOURS]
+def sign(rank: int | str) -> str:
+    """Here begins the stretch of a context-parallel rank."""
+    return f"{EDGES[0]}cp {rank}{EDGES[1]}"
+
+
+def legend(cp: int, *, coloured: bool) -> Text:
+    """What the styles and signs mean."""
+    words = [painted([Span(Mark(style, False, 0), style.encode())], coloured=coloured) for style in COLOURS]
     if coloured:
         words.append(Text("special token", SPECIAL))
+    if cp > 1:
+        words.append(Text.assemble((sign("n"), BORDER), " from here on rank n"))
     return Text("  ").join([*words, Text(f"{BREAK} line break"), Text("\\xNN byte of a divided character")])
 
 
@@ -224,10 +243,45 @@ def heading(cfg: RunConfig, step: int, made: Sequence[Batch], rows: Sequence[Seq
     return f"step {step} of {cfg.steps} · {len(rows)} rows of {cfg.data.row_length:,} = {tokens:,} tokens · {shares}"
 
 
-def title(number: int, passage: Passage, row_length: int) -> str:
+def shares(made: Sequence[Batch], rows: Sequence[Sequence[Sequence[Passage]]], of: int, cp: int) -> list[Text]:
+    """Lines about what each rank holds of micro-batches, `made` and cut into `rows`, which are the first of a step's `of`."""
+    which = f"micro-batch 1 of {of}" if len(made) == 1 else f"micro-batches 1–{len(made)} of {of}, counted one by one"
+    about = f"cp {cp} · {len(made[0].tokens):,} tokens of a micro-batch on {cp} ranks · {which}"
+    ranks = range(cp)
+    held = [rank for row in rows[0] for passage in row for rank in passage.ranks]  # the same in every micro-batch
+    first, tokens = [held.index(rank) for rank in ranks], [held.count(rank) for rank in ranks]
+    places = [f"{start}–{start + count - 1}" for start, count in zip(first, tokens, strict=True)]
+    labelled = [[len(batch.slice(rank, cp, None).rows) for batch in made] for rank in ranks]
+    touched = [Counter(rank for row in its for passage in row if not passage.is_padding for rank in set(passage.ranks)) for its in rows]
+    documents = [[counts[rank] for counts in touched] for rank in ranks]
+    wide = max(map(len, places))
+    lines = [
+        Text(f"cp {rank} · {count} tokens at {place:<{wide}} · labelled positions {labels} · documents {touches}")
+        for rank, count, place, labels, touches in zip(
+            _column(ranks), _column(tokens), places, _sums(labelled), _sums(documents), strict=True
+        )
+    ]  # fmt: skip
+    for line, counts in zip(lines, labelled, strict=True):
+        line.style = "" if all(counts) else UNLABELLED
+    return [Text(about), *lines]
+
+
+def _column(numbers: Iterable[int]) -> list[str]:
+    """Of one width, so that what is larger is seen."""
+    words = [f"{number:,}" for number in numbers]
+    return [word.rjust(max(map(len, words))) for word in words]
+
+
+def _sums(table: Sequence[Sequence[int]]) -> list[str]:
+    """Each line's numbers with a plus between them, in columns."""
+    columns = [_column(column) for column in zip(*table, strict=True)]
+    return [" + ".join(cells) for cells in zip(*columns, strict=True)]
+
+
+def title(number: int, passage: Passage, row_length: int, cp: int = 1) -> str:
     """A line about one passage."""
     first = passage.start % row_length
-    place = f"at {first}–{first + len(passage) - 1}"
+    place = f"at {first}–{first + len(passage) - 1}" + _held(passage.ranks[0], passage.ranks[-1], cp)
     if passage.is_padding:
         return f"padding · {len(passage):,} tokens · {place}"
     low, high = passage.positions
@@ -235,17 +289,49 @@ def title(number: int, passage: Passage, row_length: int) -> str:
     return f"document {number} · {len(passage):,} tokens, {passage.trained:,} trained · {weight} · positions {low}–{high} · {place}"
 
 
+def _held(first: int, last: int, cp: int) -> str:
+    """The ranks from `first` to `last`, as the end of a title; nothing where there is one rank."""
+    return "" if cp == 1 else f" · cp {first}" + (f"–{last}" if last > first else "")
+
+
+def check_cp(cfg: RunConfig) -> None:
+    """Refuse context parallelism that cannot share a micro-batch evenly. Raises MegamodError."""
+    d, cp = cfg.data, cfg.parallel.cp
+    tokens = d.row_length * d.rows_per_micro_batch
+    if tokens % cp:
+        below = next(n for n in range(min(cp - 1, tokens), 0, -1) if tokens % n == 0)
+        above = next((n for n in range(cp + 1, tokens + 1) if tokens % n == 0), None)
+        raise MegamodError(
+            f"parallel.cp = {cp} cannot share a micro-batch's {tokens} tokens (data.row_length {d.row_length} × "
+            f"rows_per_micro_batch {d.rows_per_micro_batch}): use {below}" + (f" or {above}" if above else "")
+        )
+
+
 def page(cfg: RunConfig, step: int, shown: int, words: Vocabulary, *, coloured: bool) -> Group:
     """The first `shown` rows of a step, below a header. Raises MegamodError."""
-    made = batches(cfg, step)
-    length = cfg.data.row_length
-    rows = [(batch, row) for batch in made for row in passages(batch, length)]
-    parts: list[Text] = [Text(heading(cfg, step, made, [row for _, row in rows]), "bold"), legend(coloured=coloured)]
-    for number, (batch, row) in enumerate(rows[:shown], 1):
-        parts += [Text(), _rule(f"row {number} of {len(rows)}", "bold", "═")]
+    check_cp(cfg)
+    made = peek(cfg, model_shape(cfg).vocab, step)
+    length, cp = cfg.data.row_length, cfg.parallel.cp
+    cut = [passages(batch, length, cp) for batch in made]
+    rows = [(which, batch, row) for which, (batch, its) in enumerate(zip(made, cut, strict=True), 1) for row in its]
+    parts: list[Text] = [Text(heading(cfg, step, made, [row for *_, row in rows]), "bold")]
+    if cp > 1:
+        some, *_ = rows[:shown][-1]  # micro-batches of which a row is shown
+        parts += shares(made[:some], cut[:some], len(made), cp)
+    parts.append(legend(cp, coloured=coloured))
+    for number, (which, batch, row) in enumerate(rows[:shown], 1):
+        place = f" · tokens {row[0].start}–{row[-1].stop - 1} of micro-batch {which}" if cp > 1 else ""
+        held = _held(row[0].ranks[0], row[-1].ranks[-1], cp)
+        parts += [Text(), _rule(f"row {number} of {len(rows)}{place}{held}", "bold", "═")]
         for i, passage in enumerate(row, 1):
-            parts.append(_rule(title(i, passage, length), "cyan"))
-            if not passage.is_padding:
+            first = passage.start % length
+            if passage.opens:
+                parts.append(_border(passage.ranks[0], first))
+            parts.append(_rule(title(i, passage, length, cp), "cyan"))
+            if passage.is_padding:
+                inside = enumerate(pairwise(passage.ranks), first + 1)
+                parts += [_border(after, at) for at, (before, after) in inside if after != before]
+            else:
                 text = painted(spans(batch, passage, words), coloured=coloured)
                 if text.plain.endswith("\n"):  # the rule that follows breaks the line; the sign stays
                     text.right_crop(1)
@@ -257,12 +343,18 @@ def _rule(words: str, style: str, line: str = "─") -> Text:
     return Text(f"{line * 2} {words} ".ljust(WIDTH, line), style)  # rich's Rule would cut the words to the terminal's width
 
 
+def _border(rank: int, at: int) -> Text:
+    """A border where there is no text for it to stand in."""
+    return _rule(f"{sign(rank)} begins at {at}", BORDER)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="owner.key=value")
     parser.add_argument("--step", type=int, default=1, help="of the run, from 1 (default)")
     parser.add_argument("--rows", type=int, default=1, help="how many of the step's rows are printed, at most (default: 1)")
+    parser.add_argument("--cp", type=int, metavar="N", help="ranks that share a micro-batch (default: the config's parallel.cp)")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal, unless NO_COLOR is set")
     args = parser.parse_intermixed_args(argv)
     console = Console(highlight=False)
@@ -274,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.rows < 1:
             raise MegamodError(f"--rows {args.rows}: at least 1 was expected")
-        cfg = config.load(args.config, args.overrides)
+        cfg = config.load(args.config, args.overrides + ([] if args.cp is None else [f"parallel.cp={args.cp}"]))
         words = None if isinstance(cfg.data.train, SyntheticData) else vocabulary(cfg.data.chat.tokenizer or cfg.model.path)
         shown = page(cfg, args.step, args.rows, words or IDS, coloured=coloured)
     except MegamodError as error:

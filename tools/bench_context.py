@@ -1,0 +1,183 @@
+"""Memory and time of one training step over a long packed row, shared by more and more context-parallel ranks.
+
+    python tools/bench_context.py --tokens 32768 --cp 1,2,4
+
+The row holds documents of uneven lengths, up to a quarter of it. Each measurement is a torchrun of its own: gloo on the CPU, where
+private memory (RssAnon) is sampled; NCCL where there are GPUs, whose allocator knows its peak. Prints a table and, as the last line, one
+JSON object. Ranks of one machine share its cores, so on a CPU only memory is to be compared, and time is said for completeness.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megamod import losses
+from megamod.config import ModelConfig, OptimConfig, ParallelConfig
+from megamod.data.documents import IGNORED, Document
+from megamod.data.packing import micro_batch
+from megamod.errors import MegamodError
+from megamod.model.build import build, data_parallel
+from megamod.model.shape import Shape, read_shape, shape_of
+from megamod.optim import Optimizer
+from megamod.parallel import grid as grids
+from megamod.step import train_step
+from megamod.weights.load import Random, load
+
+SMALL = {
+    "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 4096, "max_position_embeddings": 1 << 20,
+}  # fmt: skip
+EVERY = 0.005  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's step."""
+
+    cp: int
+    rank: int
+    before: float  # MiB: the process with its model, before the step
+    peak: float  # MiB
+    seconds: float
+
+    @property
+    def step(self) -> float:
+        """MiB that the step itself needed at its worst."""
+        return self.peak - self.before
+
+
+class Peak:
+    """`with Peak(device) as peak:` — the largest private memory of this process, in MiB: RssAnon, or what the GPU's allocator held."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.value = device, 0.0
+        self._done = threading.Event()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated() / 2**20
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+    def _watch(self) -> None:
+        while not self._done.wait(EVERY):
+            self.value = max(self.value, self.now())
+
+    def __enter__(self) -> "Peak":
+        self.value = self.now()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.value = torch.cuda.max_memory_allocated() / 2**20
+
+
+def documents(tokens: int, vocab: int, seed: int = 1) -> list[Document]:
+    """Uneven documents that fill a row of `tokens`, the longest a quarter of it; the last twentieth of each is trained."""
+    rng = np.random.default_rng(seed)
+    made, left = [], tokens
+    while left:
+        length = left if left < 8 else int(min(left, max(8, rng.lognormal(np.log(tokens / 32), 1.0)), tokens // 4))
+        ids = rng.integers(0, vocab, length)
+        labels = np.full(length, IGNORED, dtype=np.int64)
+        labels[-max(1, length // 20) :] = ids[-max(1, length // 20) :]
+        made.append(Document(ids, labels, labels != IGNORED))
+        left -= length
+    return made
+
+
+def measure(shape: Shape, tokens: int, recompute: str) -> list[Measured]:
+    """One step on the ranks that torchrun launched; the second, after one that warms up. What every rank found, on all of them."""
+    world = int(os.environ["WORLD_SIZE"])
+    grid = grids.start(ParallelConfig(cp=world), shape)
+    dtype = "bfloat16" if grid.device.type == "cuda" else "float32"
+    cfg = ModelConfig(path="", dtype=dtype, recompute=recompute)  # type: ignore[arg-type]
+    chunks, _ = build(cfg, shape, grid)
+    items = load(chunks, shape, grid, Random(shape, 1), where="random weights")
+    wrapped = data_parallel(chunks, grid)
+    Optimizer(OptimConfig(), wrapped, items, grid)
+    batch = micro_batch([documents(tokens, shape.vocab)], tokens)
+    short = micro_batch([documents(64 * world, shape.vocab)], 64 * world)
+    train_step(wrapped, [short], losses.cross_entropy, grid)
+    with Peak(grid.device) as peak:
+        before, began = peak.value, time.perf_counter()
+        train_step(wrapped, [batch], losses.cross_entropy, grid)
+    mine = Measured(world, grid.rank, before, peak.value, time.perf_counter() - began)
+    found: list[Measured] = [mine] * world
+    dist.all_gather_object(found, mine)
+    grids.leave()
+    return found
+
+
+def launched(cp: int, args: argparse.Namespace) -> list[Measured]:
+    """`measure` in a torchrun of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cp), __file__, "--as-rank"]
+    command += ["--tokens", str(args.tokens), "--recompute", args.recompute] + (["--shape", args.shape] if args.shape else [])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    if done.returncode:
+        raise MegamodError(f"cp {cp}: a rank ended with status {done.returncode}: what it said stands above")
+    return [Measured(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768, help="of the row (default: %(default)s)")
+    parser.add_argument("--cp", default="1,2,4", help="context-parallel ranks to compare (default: %(default)s)")
+    parser.add_argument("--shape", help="a directory with config.json; default: 2 layers of 256, 8 heads, 2 kv heads")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    try:
+        shape = read_shape(args.shape) if args.shape else shape_of(SMALL)
+        if args.as_rank:
+            found = measure(shape, args.tokens, args.recompute)
+            if found and os.environ["RANK"] == "0":
+                print(json.dumps([asdict(one) for one in found]))
+            return 0
+        sizes = [int(n) if n.isdecimal() else 0 for n in args.cp.split(",")]
+        if min(sizes) < 1 or args.tokens < 64 or any(args.tokens % n for n in sizes):
+            raise MegamodError(
+                f"--cp {args.cp} --tokens {args.tokens}: numbers of ranks that divide the tokens, at least 64, were expected"
+            )
+        for cp in sizes:
+            grids.check(ParallelConfig(cp=cp), shape, cp)
+        found = [one for cp in sizes for one in launched(cp, args)]
+    except MegamodError as error:
+        grids.say_once(f"megamod: error: {error}")
+        return 1
+    base = max(one.step for one in found if one.cp == sizes[0])
+    table = Table(title=f"{args.tokens:,} tokens, {shape.layers} layers of {shape.hidden}, recompute {args.recompute}")
+    for name in ("cp", "tokens a rank", "process and model, MiB", "peak, MiB", "the step, MiB", f"of cp {sizes[0]}", "seconds"):
+        table.add_column(name, justify="right")
+    for cp in sizes:
+        ranks = [one for one in found if one.cp == cp]
+        before, peak, step = (max(getattr(one, name) for one in ranks) for name in ("before", "peak", "step"))
+        seconds = max(one.seconds for one in ranks)
+        sums = (f"{before:,.0f}", f"{peak:,.0f}", f"{step:,.0f}", f"{step / base:.2f}", f"{seconds:.1f}")
+        table.add_row(str(cp), f"{args.tokens // cp:,}", *sums)
+    Console().print(table)
+    print(json.dumps({"tokens": args.tokens, "recompute": args.recompute, "ranks": [{**asdict(one), "step": one.step} for one in found]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
