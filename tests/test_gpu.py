@@ -48,7 +48,7 @@ def test_attention(name: str, heads: int, kv_heads: int, dim: int) -> None:
     lengths = (1, 700, 37, 256, 2, 1052)
     generator = torch.Generator(CUDA).manual_seed(1)
     whole = [torch.randn(sum(lengths), n, dim, device=CUDA, generator=generator) for n in (heads, kv_heads, kv_heads, heads)]
-    documents = Documents(lengths, torch.tensor((0, *lengths), device=CUDA).cumsum(0).to(torch.int32))
+    documents = Documents.of(lengths, CUDA)
 
     def run(attend: backends.Attend, dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (x.to(dtype).requires_grad_() for x in whole[:3])

@@ -17,7 +17,7 @@ from megamod.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from megamod.errors import MegamodError
 from megamod.model.shape import Rope, Shape
 from megamod.parallel import grid as grids
-from megamod.parallel.grid import check, check_rows, kv_repeats, started
+from megamod.parallel.grid import check, check_rows, kv_repeats, started, ulysses_degree
 
 BASE = tiny.shape("qwen2")  # 4 layers, 8 heads, 4 kv heads, ffn 48
 QUICK = settings(max_examples=300, deadline=None)
@@ -46,6 +46,8 @@ def run_config(parallel: ParallelConfig, **data: Any) -> RunConfig:
         (ParallelConfig(tp=8), 8, (4,)),  # 8 ranks share 4 kv heads
         (ParallelConfig(tp=2, cp=4), 16, (4,)),  # 4 ranks share 2 kv heads
         (ParallelConfig(cp=8), 8, (4,)),
+        (ParallelConfig(cp=3), 3, (4,)),  # beyond the heads
+        (ParallelConfig(tp=8, cp=16), 128, (4,)),
         (ParallelConfig(pp=2, vpp=2), 2, (1, 1, 1, 1)),
         (ParallelConfig(pp=4, layers_per_stage=(2, 1, 1, 0)), 4, (2, 1, 1, 0)),
         (ParallelConfig(pp=2, vpp=2, layers_per_stage=(0, 1, 2, 1)), 4, (0, 1, 2, 1)),
@@ -63,11 +65,7 @@ def test_possible_grids(parallel: ParallelConfig, world: int, split: tuple[int, 
         (ParallelConfig(tp=3), 3, "parallel.tp = 3 cannot cut 8 heads, 4 kv heads and ffn 48: use 2 or 4"),
         (ParallelConfig(tp=16), 16, "parallel.tp = 16 cannot cut 8 heads, 4 kv heads and ffn 48: use 8"),
         (ParallelConfig(tp=100), 100, "use 8"),
-        (ParallelConfig(cp=3), 3, "parallel.cp = 3 cannot share the 8 heads and 4 kv heads that tp 1 leaves a rank: use 2 or 4"),
-        (ParallelConfig(tp=4, cp=16), 64, "parallel.cp = 16 cannot share the 2 heads and 1 kv heads that tp 4 leaves a rank: use 2"),
-        (ParallelConfig(tp=8, cp=2), 16, "the 1 heads and 1 kv heads that tp 8 leaves a rank: use 1"),
-        (ParallelConfig(tp=3, cp=4), 12, "parallel.tp = 3 cannot cut 8 heads, 4 kv heads and ffn 48: use 2"),  # tp 4 leaves cp 4 no heads
-        (ParallelConfig(tp=3, cp=7), 21, "parallel.tp = 3 cannot cut 8 heads, 4 kv heads and ffn 48: use 2 or 4"),  # no tp goes with cp 7
+        (ParallelConfig(tp=3, cp=4), 12, "parallel.tp = 3 cannot cut 8 heads, 4 kv heads and ffn 48: use 2 or 4"),
         (ParallelConfig(pp=3), 3, "4 layers cannot be split evenly over pp 3 × vpp 1 = 3 stages: use 2 or 4 stages, or set parallel."),
         (ParallelConfig(pp=2, vpp=4), 2, "4 layers cannot be split evenly over pp 2 × vpp 4 = 8 stages: use 4 stages, or set parallel."),
         (
@@ -110,10 +108,10 @@ def whole(parallel: ParallelConfig, shape: Shape) -> tuple[int, ...]:
 
 
 def possible(parallel: ParallelConfig, shape: Shape) -> bool:
-    """The rules, by the definition: context-parallel ranks share a tensor-parallel rank's query heads evenly; tensor-parallel
-    ranks also the kv heads, so that on each rank every kv head serves as many query heads as on any other."""
-    tp, cp = parallel.tp, parallel.cp
-    if shape.heads % (tp * cp) or shape.ffn % tp or shape.layers % (parallel.pp * parallel.vpp):
+    """The rules, by the definition: tensor-parallel ranks share query heads and kv heads evenly, so that on each rank every kv head
+    serves as many query heads as on any other. Context-parallel ranks need no heads of their own."""
+    tp = parallel.tp
+    if shape.heads % tp or shape.ffn % tp or shape.layers % (parallel.pp * parallel.vpp):
         return False
     served = np.repeat(np.arange(shape.kv_heads), shape.heads // shape.kv_heads)  # query head → its kv head
     shares = {tuple(np.unique(mine, return_counts=True)[1].tolist()) for mine in served.reshape(tp, -1)}
@@ -131,36 +129,27 @@ def test_check_is_the_rule(shape: Shape, tp: int, pp: int, cp: int) -> None:
 
 
 @QUICK
-@given(shapes(), st.sampled_from(SIZES), st.sampled_from(SIZES))
-@example(BASE, 16, 1)
-@example(replace(BASE, heads=64, kv_heads=8, ffn=29568), 64, 1)
-def test_the_tp_that_is_named_is_possible_and_the_nearest(shape: Shape, tp: int, cp: int) -> None:
-    def goes(n: int, cp: int) -> bool:
-        return possible(ParallelConfig(tp=n, cp=cp), shape)
+@given(shapes(), st.sampled_from(SIZES))
+@example(BASE, 16)
+@example(replace(BASE, heads=64, kv_heads=8, ffn=29568), 64)
+def test_the_tp_that_is_named_is_possible_and_the_nearest(shape: Shape, tp: int) -> None:
+    def goes(n: int) -> bool:
+        return possible(ParallelConfig(tp=n), shape)
 
-    assume(not goes(tp, 1))
-    text = complaint(lambda: whole(ParallelConfig(tp=tp, cp=cp), shape))
+    assume(not goes(tp))
+    text = complaint(lambda: whole(ParallelConfig(tp=tp), shape))
     assert text.startswith(f"parallel.tp = {tp} ")
-    with_cp = [n for n in range(1, shape.heads + 1) if goes(n, cp)]
-    fits = with_cp or [n for n in range(1, shape.heads + 1) if goes(n, 1)]  # no tp goes with this cp: that is said next
+    fits = [n for n in range(1, shape.heads + 1) if goes(n)]
     assert named(text) == [*[n for n in fits if n < tp][-1:], *[n for n in fits if n > tp][:1]]
-    for n in named(text):
-        whole(ParallelConfig(tp=n, cp=cp if with_cp else 1), shape)
-
-
-def cuts(shape: Shape) -> st.SearchStrategy[tuple[Shape, int]]:
-    return st.tuples(st.just(shape), st.sampled_from([n for n in SIZES if possible(ParallelConfig(tp=n), shape)]))
 
 
 @QUICK
-@given(shapes().flatmap(cuts), st.sampled_from(SIZES))
-def test_the_cp_that_is_named_is_possible_and_the_nearest(cut: tuple[Shape, int], cp: int) -> None:
-    shape, tp = cut
-    assume(not possible(ParallelConfig(tp=tp, cp=cp), shape))
-    text = complaint(lambda: whole(ParallelConfig(tp=tp, cp=cp), shape))
-    assert text.startswith(f"parallel.cp = {cp} ")
-    fits = [n for n in range(1, shape.heads + 1) if possible(ParallelConfig(tp=tp, cp=n), shape)]
-    assert named(text) == [*[n for n in fits if n < cp][-1:], *[n for n in fits if n > cp][:1]]
+@given(shapes(), st.sampled_from(SIZES))
+def test_ulysses_takes_as_many_ranks_as_the_heads_allow(shape: Shape, cp: int) -> None:
+    degree = ulysses_degree(shape.heads, shape.kv_heads, cp)
+    assert cp % degree == 0
+    assert kv_repeats(shape.heads, shape.kv_heads, degree) is not None
+    assert all(kv_repeats(shape.heads, shape.kv_heads, n) is None for n in range(degree + 1, cp + 1) if cp % n == 0)
 
 
 @QUICK
@@ -359,6 +348,28 @@ def test_axes_are_slices_of_one_array(kv_heads: int) -> None:
             assert found["reports"] == (last and place["dp"] == place["cp"] == place["tp"] == 0)
             name = f"tp {p.tp} · pp {p.pp} · cp {p.cp} · dp {dp}" + " · vpp 2" * (p.vpp > 1) + " · sp" * p.sp
             assert found["rest"] == (p.vpp, p.sp, p.layers_per_stage or (4 // (p.pp * p.vpp),) * (p.pp * p.vpp), name)
+
+
+def halves(parallel: ParallelConfig) -> tuple[Any, Any, str]:
+    with started(parallel, replace(BASE, heads=2, kv_heads=1)) as grid:
+        gather = grid.kv_gather
+        assert gather is not None
+        return (*((axis.size, axis.rank, ranks_of(axis.group)) for axis in (grid.ulysses, gather)), str(grid))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "degree"), [(ParallelConfig(cp=8), 2), (ParallelConfig(tp=2, cp=4), 1), (ParallelConfig(pp=2, cp=4), 2)]
+)
+def test_beyond_the_heads_cp_is_a_square(parallel: ParallelConfig, degree: int) -> None:
+    """Neighbours share the heads; those at the same place among their neighbours gather keys and values."""
+    for rank, (ulysses, gather, name) in enumerate(distributed.run(WORLD, halves, parallel)):
+        array = np.arange(WORLD).reshape(parallel.pp, -1, parallel.cp, parallel.tp)
+        (pp,), (dp,), (cp,), (tp,) = np.where(array == rank)
+        mine = array[pp, dp, :, tp].reshape(-1, degree)
+        row, column = divmod(int(cp), degree)
+        assert ulysses == (degree, column, mine[row].tolist())
+        assert gather == (parallel.cp // degree, row, mine[:, column].tolist())
+        assert f"cp {parallel.cp} (ulysses {degree} × {parallel.cp // degree})" in name
 
 
 def refused(parallel: ParallelConfig) -> str:

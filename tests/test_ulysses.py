@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import distributed
+import numpy as np
 import oracle
 import parity
 import pytest
@@ -31,6 +32,7 @@ from megamod.parallel.grid import kv_repeats, started
 from megamod.parallel.ulysses import heads_to_seq, seq_to_heads
 
 TOLERANCE = 1e-11
+TOKENS, DIM = 6, 4  # of a rank, of a head
 
 
 # --- one rank, and a group that writes down what it is asked -------------------------------------------------------------------
@@ -62,45 +64,68 @@ class Counting(dist.ProcessGroup):
         output.copy_(input)
         return Awaited(self.log)
 
+    def all_gather_single(self, output: Tensor, input: Tensor, options: Any) -> dist.Work:
+        self.log.append(input.numel() * input.element_size() * self.size())  # to each of the others all of it
+        output.copy_(input.repeat(self.size(), 1, 1))
+        return Awaited(self.log)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, options: Any) -> dist.Work:
+        self.log.append(input.numel() * input.element_size())
+        output.copy_(input[: len(output)])
+        return Awaited(self.log)
+
     @property
     def sent(self) -> float:
         """Bytes that left for the other ranks."""
         return sum(n for n in self.log if n != "wait") * (self.size() - 1) / self.size()
 
+    @property
+    def order(self) -> str:
+        """`iiw`: two issued, one awaited."""
+        return "".join("w" if entry == "wait" else "i" for entry in self.log)
 
-def attention(heads: int, kv_heads: int, cp: int) -> tuple[PackedAttention, Counting]:
-    group = Counting(cp)
-    grid: Any = SimpleNamespace(cp=SimpleNamespace(group=group, size=cp))
-    return PackedAttention(heads, kv_heads, grid, attend_reference), group
+
+def attention(heads: int, kv_heads: int, ulysses: int, gather: int = 1) -> tuple[PackedAttention, PackedRow, Counting, Counting]:
+    """One rank's attention over a row of one document, the first stretch of it; and its groups."""
+    group, beyond = Counting(ulysses), Counting(gather)
+    kv_gather = SimpleNamespace(group=beyond, size=gather, rank=0) if gather > 1 else None
+    grid: Any = SimpleNamespace(ulysses=SimpleNamespace(group=group, size=ulysses), kv_gather=kv_gather)
+    row = packed_row((TOKENS * ulysses * gather,), grid)
+    return PackedAttention(heads, kv_heads, grid, attend_reference), row, group, beyond
 
 
-def packed_row(lengths: Sequence[int], dim: int, dtype: torch.dtype = torch.float32) -> PackedRow:
-    shape = shape_of(tiny.config("qwen2", head_dim=dim))
+def packed_row(lengths: Sequence[int], grid: Any) -> PackedRow:
+    shape = shape_of(tiny.config("qwen2", head_dim=DIM))
     positions = torch.cat([torch.arange(n) for n in lengths])
     nothing = torch.zeros(0, dtype=torch.long)
     batch = Batch(torch.zeros_like(positions), positions, tuple(lengths), nothing, nothing, nothing > 0, nothing.float(), nothing)
-    return PackedRow.of(batch, shape, dtype)
+    return PackedRow.of(batch, shape, torch.float32, grid)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 4), (8, 2), (8, 1)])  # of a rank: H/tp and K/tp
-@pytest.mark.parametrize("cp", [2, 4, 8])
+@pytest.mark.parametrize(("ulysses", "gather"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 3), (8, 4)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bytes_and_order(heads: int, kv_heads: int, cp: int, dtype: torch.dtype) -> None:
+def test_bytes_and_order(heads: int, kv_heads: int, ulysses: int, gather: int, dtype: torch.dtype) -> None:
     """q, k and v are on their way before any is awaited, forward and backward; the bytes are those of the module's docstring."""
-    t, dim = 6, 4
-    module, group = attention(heads, kv_heads, cp)
-    q, k, v = (torch.randn(t, n, dim, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-    out = module(q, k, v, packed_row((t * cp,), dim))
-    assert out.shape == q.shape
-    assert [entry == "wait" for entry in group.log] == [False, False, False, True, True, True, False, True]
-    repeated = max(kv_heads, cp)  # kv heads are repeated up to cp, and only then
-    formula = (cp - 1) / cp * t * dim * dtype.itemsize * (2 * heads + 2 * repeated)
-    assert group.sent == formula
+    module, row, group, beyond = attention(heads, kv_heads, ulysses, gather)
+    q, k, v = (torch.randn(TOKENS, n, DIM, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+    repeated = max(kv_heads, ulysses)  # kv heads are repeated up to u, and only then
+    unit = TOKENS * DIM * dtype.itemsize
+    exchanged = (ulysses - 1) / ulysses * unit * (2 * heads + 2 * repeated)
+    gathered = (gather - 1) * unit * 2 * repeated
 
-    group.log.clear()
+    out = module(q, k, v, row)
+    assert out.shape == q.shape
+    assert group.order == "iiiwwwiw"
+    assert beyond.order == ("iiww" if gather > 1 else "")
+    assert (group.sent, beyond.sent) == (exchanged, pytest.approx(gathered))
+
+    for log in (group.log, beyond.log):
+        log.clear()
     out.backward(torch.randn_like(out))
-    assert [entry == "wait" for entry in group.log] == [False, True, False, False, False, True, True, True]
-    assert group.sent == formula
+    assert group.order == "iwiiiwww"
+    assert beyond.order == ("iiww" if gather > 1 else "")
+    assert (group.sent, beyond.sent) == (exchanged, pytest.approx(gathered))
 
 
 @given(st.sampled_from([1, 2, 3, 4, 5, 6, 8, 16]), st.sampled_from([1, 2, 3, 4, 7, 8]), st.sampled_from([1, 2, 3, 4, 6, 8, 16]))
@@ -123,18 +148,40 @@ def test_flash_attention_is_asked_in_its_own_words(returns_more: bool) -> None:
     ) -> Any:  # fmt: skip
         assert causal
         assert deterministic
-        assert cu_seqlens_q is cu_seqlens_k
-        assert max_seqlen_q == max_seqlen_k == 5
-        out = attend_reference(q, k, v, Documents(tuple(cu_seqlens_q.diff().tolist()), cu_seqlens_q))
+        assert cu_seqlens_q.tolist() == [0, 2, 3]  # the end of the second document and the third
+        assert cu_seqlens_k.tolist() == [0, 5, 6]
+        assert (max_seqlen_q, max_seqlen_k) == (2, 5)
+        out = attend_reference(q, k, v, documents)
         return (out, None) if returns_more else out
 
-    documents = Documents((3, 5, 1), torch.tensor((0, 3, 8, 9), dtype=torch.int32))
-    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    documents = Documents.of((3, 5, 1), torch.device("cpu"), slice(6, 9))
+    q, k, v = torch.randn(3, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8)
     found = _flash(flash_attn_varlen_func, True)(q, k, v, documents)
     assert torch.equal(found, attend_reference(q, k, v, documents))
 
 
 # --- many ranks ----------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 6))
+def test_borders_of_stretches(lengths: list[int], stretches: int) -> None:
+    """Each query of a row is in one stretch, and sees there the keys that it sees in the whole row."""
+    lengths[-1] += -sum(lengths) % stretches
+    width, at = sum(lengths) // stretches, 0
+    starts = [start for n, start in zip(lengths, np.cumsum([0, *lengths]), strict=False) for _ in range(n)]  # of each token's document
+    for number in range(stretches):
+        found = Documents.of(lengths, torch.device("cpu"), slice(number * width, (number + 1) * width))
+        key = found.first_key
+        assert sum(found.queries.lengths) == width
+        for queries, keys in zip(found.queries.lengths, found.keys.lengths, strict=True):
+            assert 1 <= queries <= keys
+            for i in range(queries):  # bottom-right causal: query i of these sees the keys up to keys - queries + i
+                assert starts[at] == key
+                assert key + keys - queries + i == at
+                at += 1
+            key += keys
+    assert at == sum(lengths)
 
 
 def exchange(cp: int) -> None:
@@ -230,6 +277,30 @@ def test_awkward_rows(grid: P, awkward_file: str) -> None:
     """Whatever lies where: no NaN, right counts, for every loss that there is. qwen3 here has 2 kv heads."""
     for answer in distributed.run(distributed.WORLD, awkward, Case("qwen3", grid), awkward_file):
         assert all(loss <= TOLERANCE and gradient <= TOLERANCE for loss, gradient in answer), answer
+
+
+BEYOND = [P(cp=2), P(cp=4), P(cp=8), P(cp=4, pp=2, vpp=2), P(tp=2, cp=4), P(tp=2, cp=4, sp=True), P(tp=2, pp=2, cp=2)]
+
+
+@pytest.fixture(scope="module")
+def few_heads_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    results = {}
+    for name in tiny.FEW_HEADS:
+        value, gradients = oracle.run(oracle.model(name), parity.made_rows(name), parity.everything)
+        results[name] = {"loss": value, "gradients": gradients}
+    path = tmp_path_factory.mktemp("oracle") / "few.pt"
+    torch.save(results, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("grid", BEYOND, ids=str)
+def test_beyond_the_heads(grid: P, few_heads_file: str) -> None:
+    """cp that the heads cannot be shared by: keys and values are gathered; every recompute mode, loss and every gradient."""
+    recompute: list[tuple[str, Any]] = [("none", None), ("full", None), ("selective", ("core_attn",))]
+    names = [name for name in tiny.FEW_HEADS if tiny.shape(name).heads % grid.tp == 0]
+    cases = [Case(name, grid, mode, modules) for name in names for mode, modules in recompute]
+    for answer in distributed.run(distributed.WORLD, parity.compare, cases, few_heads_file):
+        assert all(loss <= TOLERANCE and gradient <= TOLERANCE for loss, gradient, _ in answer), answer
 
 
 @pytest.mark.parametrize("grid", [P(), P(cp=4, pp=2), P(tp=2, cp=4, sp=True), P(tp=2, cp=2, pp=2, vpp=2)], ids=str)

@@ -46,10 +46,20 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Fewer heads than context-parallel ranks, which then gather keys and values.
+FEW_HEADS: dict[str, dict[str, Any]] = {
+    "qwen3-2heads": {"model_type": "qwen3", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rope_theta": 1e6},
+    "llama-3heads": {
+        "model_type": "llama", "hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8,
+        "rope_parameters": LLAMA3,
+    },
+    "qwen2-4heads": {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e6},
+}  # fmt: skip
+
 
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model."""
-    return {**BASE, **{**CONFIGS, **VISION}[name], **changes}
+    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS}[name], **changes}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from megamod.model.backends import Attend, Documents
 from megamod.model.shape import Shape
 from megamod.parallel.collectives import sum_row_gradients
 from megamod.parallel.grid import Grid, kv_repeats
-from megamod.parallel.ulysses import heads_to_seq, seq_to_heads
+from megamod.parallel.ulysses import gather_seq, heads_to_seq, seq_to_heads
 from megamod_kernels import packing
 
 
@@ -25,27 +25,33 @@ class PackedRow(PackedSeqParams):
     """What megatron-core hands down to attention unread: the row's borders and rotation tables, the same for every layer."""
 
     documents: Documents | None = None
-    cos: Tensor | None = None  # [T, D/2]
-    sin: Tensor | None = None  # [T, D/2]
+    cos: Tensor | None = None  # [T', D/2] of the T' tokens that this rank's queries are
+    sin: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Batch, shape: Shape, dtype: torch.dtype) -> "PackedRow":
-        device = batch.tokens.device
-        borders = torch.tensor((0, *batch.lengths)).cumsum(0).to(torch.int32).to(device, non_blocking=True)
-        cos, sin = rope.tables(shape.rope, shape.head_dim, batch.positions, dtype)
-        return cls(qkv_format="thd", documents=Documents(batch.lengths, borders), cos=cos, sin=sin)
+    def of(cls, batch: Batch, shape: Shape, dtype: torch.dtype, grid: Grid) -> "PackedRow":
+        """Of a whole row's borders and positions, for the part of it that a rank of `grid` sees in attention."""
+        stretch, gather = None, grid.kv_gather
+        positions = batch.positions
+        if gather is not None:
+            width = positions.shape[-1] // gather.size
+            stretch = slice(gather.rank * width, (gather.rank + 1) * width)
+            positions = positions[..., stretch]
+        cos, sin = rope.tables(shape.rope, shape.head_dim, positions, dtype)
+        return cls(qkv_format="thd", documents=Documents.of(batch.lengths, batch.tokens.device, stretch), cos=cos, sin=sin)
 
 
 class PackedAttention(nn.Module):
-    """Causal attention inside each document of a packed row, shared by Ulysses over the context-parallel ranks."""
+    """Causal attention inside each document of a packed row, shared over the context-parallel ranks: `parallel.ulysses`."""
 
     def __init__(self, heads: int, kv_heads: int, grid: Grid, attend: Attend, *, recomputed: bool = False) -> None:
         super().__init__()
-        self.group, self.attend = grid.cp.group, attend
+        self.ulysses, self.attend = grid.ulysses.group, attend
+        self.kv_gather = grid.kv_gather.group if grid.kv_gather is not None else None
         # Recomputation begins again from q and k as they were. An exchange leaves them so: what it returns is new memory.
-        self.rotates_in_place = grid.cp.size > 1 or not recomputed
-        repeats = kv_repeats(heads, kv_heads, grid.cp.size)
-        assert repeats is not None, "the grid was checked against the model: parallel.grid.check"
+        self.rotates_in_place = grid.ulysses.size > 1 or not recomputed
+        repeats = kv_repeats(heads, kv_heads, grid.ulysses.size)
+        assert repeats is not None, "parallel.grid.ulysses_degree"
         self.kv_repeats = repeats
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
@@ -55,9 +61,12 @@ class PackedAttention(nn.Module):
         assert row.sin is not None
         if self.kv_repeats > 1:
             k, v = (x.repeat_interleave(self.kv_repeats, 1) for x in (k, v))
-        q, k, v = seq_to_heads(self.group, q, k, v)  # [T, H/(tp·cp), D]
+        q, k, v = seq_to_heads(self.ulysses, q, k, v)  # [T', H/(tp·u), D], T' = T·u/cp
         q, k = packing.rope(q, k, row.cos, row.sin, inplace=self.rotates_in_place)
-        (out,) = heads_to_seq(self.group, self.attend(q, k, v, row.documents))
+        if self.kv_gather is not None:
+            keys = slice(row.documents.first_key, row.documents.first_key + sum(row.documents.keys.lengths))
+            k, v = (x[keys] for x in gather_seq(self.kv_gather, k, v))
+        (out,) = heads_to_seq(self.ulysses, self.attend(q, k, v, row.documents))
         return out
 
 

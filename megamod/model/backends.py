@@ -1,11 +1,12 @@
 """Two hardware questions, each answered once when the model is built, and said in the log: who attends, who multiplies."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -13,28 +14,63 @@ from torch import Tensor
 
 from megamod.errors import MegamodError
 
-# attend(q [T, H, D], k [T, K, D], v [T, K, D], documents) -> [T, H, D]: causal attention inside each document
+# attend(q [T, H, D], k [T', K, D], v [T', K, D], documents) -> [T, H, D]: causal attention inside each document
 Attend = Callable[[Tensor, Tensor, Tensor, "Documents"], Tensor]
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Document borders of a packed row."""
+class Borders:
+    """Where documents end."""
 
-    lengths: tuple[int, ...]  # on the host
+    lengths: tuple[int, ...]  # S, on the host
     cu_seqlens: Tensor  # [S+1] int32 on the device: 0, then where each document ends
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Borders":
+        return cls(tuple(lengths), torch.tensor((0, *lengths)).cumsum(0).to(torch.int32).to(device, non_blocking=True))
 
     @property
     def longest(self) -> int:
         return max(self.lengths)
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Documents of a packed row, as attention is asked about them: their queries, and the keys that end with the last query.
+
+    Both are the same where a rank has whole documents; a document that began in another rank's stretch has keys before its queries.
+    """
+
+    queries: Borders
+    keys: Borders
+    first_key: int  # where in the row the first document's keys begin
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device, stretch: slice | None = None) -> "Documents":
+        """Of a row of documents of `lengths` tokens; with `stretch`, of the queries in that part of it."""
+        if stretch is None:
+            both = Borders.of(lengths, device)
+            return cls(both, both, 0)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        there = (ends > stretch.start) & (starts < stretch.stop)
+        until = np.minimum(ends, stretch.stop)[there]
+        queries = until - np.maximum(starts[there], stretch.start)
+        keys = until - starts[there]
+        return cls(Borders.of(queries.tolist(), device), Borders.of(keys.tolist(), device), int(starts[there][0]))
+
+
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Document by document, so the largest score matrix is the longest document's, never the row's."""
     outputs = []
-    for q_, k_, v_ in zip(*(x.split(documents.lengths) for x in (q, k, v)), strict=True):
-        a, b, c = (x.transpose(0, 1)[None] for x in (q_, k_, v_))  # [1, heads, t, D]
-        outputs.append(F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    parts = (q.split(documents.queries.lengths), *(x.split(documents.keys.lengths) for x in (k, v)))
+    for q_, k_, v_ in zip(*parts, strict=True):
+        before = len(k_) - len(
+            q_
+        )  # keys of another rank's stretch: as many queries stand in for that stretch's, whose answers nobody reads
+        whole = torch.cat((q_.new_zeros(before, *q_.shape[1:]), q_)) if before else q_
+        a, b, c = (x.transpose(0, 1)[None] for x in (whole, k_, v_))  # [1, heads, t, D]
+        outputs.append(F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0].transpose(0, 1)[before:])
     return torch.cat(outputs)
 
 
@@ -86,8 +122,9 @@ def _flash(flash_attn_varlen_func: Callable[..., Any], deterministic: bool) -> A
     """Both packages name what they take alike; some releases of the third return the log-sum-exp too."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
-        borders: dict[str, Any] = {"cu_seqlens_q": d.cu_seqlens, "cu_seqlens_k": d.cu_seqlens}
-        longest = {"max_seqlen_q": d.longest, "max_seqlen_k": d.longest}
+        # Causal attention of these packages lets a document's last query see its last key, whatever the number of either.
+        borders: dict[str, Any] = {"cu_seqlens_q": d.queries.cu_seqlens, "cu_seqlens_k": d.keys.cu_seqlens}
+        longest = {"max_seqlen_q": d.queries.longest, "max_seqlen_k": d.keys.longest}
         out = flash_attn_varlen_func(q, k, v, **borders, **longest, causal=True, deterministic=deterministic)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found
@@ -102,7 +139,7 @@ def _varlen_attn(deterministic: bool) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
         # A window that is open to the left and closed to the right is causal attention.
         out = varlen_attn(
-            q, k, v, d.cu_seqlens, d.cu_seqlens, d.longest, d.longest,
+            q, k, v, d.queries.cu_seqlens, d.keys.cu_seqlens, d.queries.longest, d.keys.longest,
             scale=1 / math.sqrt(q.shape[-1]), window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         assert isinstance(out, Tensor)

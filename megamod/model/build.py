@@ -39,7 +39,7 @@ class Decoder(GPTModel):
 
     def forward(self, batch: Batch) -> Tensor:
         """`[T', 1, C]`: the stage's output, T' = T/cp, or T/(cp·tp) with sequence parallelism."""
-        row = PackedRow.of(batch, self.shape, self.config.params_dtype)
+        row = PackedRow.of(batch, self.shape, self.config.params_dtype, self.grid)
         tokens = batch.tokens[None]  # positions are in `row`: position_embedding_type is "none"
         return super().forward(input_ids=tokens, position_ids=tokens, attention_mask=None, packed_seq_params=row)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -47,6 +49,8 @@ class Grid:
     tp: Axis  # tensor parallelism
     pp: Axis  # pipeline parallelism
     cp: Axis  # context parallelism: one row's tokens
+    ulysses: Axis  # neighbours in cp, which share the heads: all of cp while there are heads enough
+    kv_gather: Axis | None  # of cp, those that hold the same heads of other stretches, when cp exceeds what the heads allow
     dp: Axis  # data parallelism: different rows
     dp_cp: Axis  # dp × cp: the ranks over which gradients are summed and the optimizer is sharded
     vpp: int  # model chunks per pipeline rank
@@ -67,7 +71,8 @@ class Grid:
 
     def __str__(self) -> str:
         extra = (f" · vpp {self.vpp}" if self.vpp > 1 else "") + (" · sp" if self.sp else "")
-        return f"tp {self.tp.size} · pp {self.pp.size} · cp {self.cp.size} · dp {self.dp.size}{extra}"
+        cp = f"{self.cp.size}" + (f" (ulysses {self.ulysses.size} × {self.kv_gather.size})" if self.kv_gather is not None else "")
+        return f"tp {self.tp.size} · pp {self.pp.size} · cp {cp} · dp {self.dp.size}{extra}"
 
 
 def even_split(layers: int, stages: int) -> tuple[int, ...] | None:
@@ -91,20 +96,10 @@ def check(cfg: "ParallelConfig", shape: Shape, world: int) -> tuple[int, ...]:
         kv = shape.kv_heads % n == 0 or n % shape.kv_heads == 0
         return kv and shape.heads % n == 0 and shape.ffn % n == 0
 
-    def fits_cp(tp: int, n: int) -> bool:
-        return kv_repeats(shape.heads // tp, max(1, shape.kv_heads // tp), n) is not None
-
     if not fits_tp(cfg.tp):
-        near = _around(cfg.tp, lambda n: fits_tp(n) and fits_cp(n, cfg.cp), shape.heads)
         raise MegamodError(
             f"parallel.tp = {cfg.tp} cannot cut {shape.heads} heads, {shape.kv_heads} kv heads and ffn {shape.ffn}: "
-            f"use {near or _around(cfg.tp, fits_tp, shape.heads)}"
-        )
-    if not fits_cp(cfg.tp, cfg.cp):
-        local, local_kv = shape.heads // cfg.tp, max(1, shape.kv_heads // cfg.tp)
-        raise MegamodError(
-            f"parallel.cp = {cfg.cp} cannot share the {local} heads and {local_kv} kv heads that tp {cfg.tp} leaves a rank: "
-            f"use {_around(cfg.cp, lambda n: fits_cp(cfg.tp, n), local)}"
+            f"use {_around(cfg.tp, fits_tp, shape.heads)}"
         )
     stages = cfg.pp * cfg.vpp
     if cfg.layers_per_stage is None:
@@ -136,6 +131,11 @@ def kv_repeats(heads: int, kv_heads: int, cp: int) -> int | None:
         if kv_heads * repeats % cp == 0:
             return repeats if heads % (kv_heads * repeats) == 0 else None
     return None
+
+
+def ulysses_degree(heads: int, kv_heads: int, cp: int) -> int:
+    """How many of `cp` ranks share the heads that tp leaves a rank: the most that divide cp and can. Any cp is possible with 1."""
+    return max(n for n in range(1, cp + 1) if cp % n == 0 and kv_repeats(heads, kv_heads, n) is not None)
 
 
 def _around(value: int, fits: object, top: int) -> str:
@@ -206,12 +206,15 @@ def start(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.devi
         return Axis(group.size(), group.rank(), group)
 
     tp = axis(groups.tp)
+    ulysses, kv_gather = _halves_of_cp(cfg, shape, axis(groups.cp), world)
     return Grid(
         rank=dist.get_rank(),
         world=world,
         tp=tp,
         pp=axis(groups.pp),
         cp=axis(groups.cp),
+        ulysses=ulysses,
+        kv_gather=kv_gather,
         dp=axis(groups.dp),
         dp_cp=axis(groups.dp_cp),
         vpp=cfg.vpp,
@@ -248,16 +251,30 @@ def started(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.de
 
 
 def _kv_copies(tp: int, kv_heads: int, world: int, timeout_minutes: int) -> dist.ProcessGroup | None:
-    """This rank's group of `tp / kv_heads` neighbours that hold one kv head. Every rank of the world makes every group."""
+    """This rank's group of `tp / kv_heads` neighbours that hold one kv head."""
     copies = tp // kv_heads
-    if copies <= 1:
-        return None
+    return _axis_of(np.arange(world).reshape(-1, copies), timeout_minutes).group if copies > 1 else None
+
+
+def _halves_of_cp(cfg: "ParallelConfig", shape: Shape, cp: Axis, world: int) -> tuple[Axis, Axis | None]:
+    """Neighbours that share the heads, and where these are too few, the ranks that gather keys and values."""
+    degree = ulysses_degree(shape.heads // cfg.tp, max(1, shape.kv_heads // cfg.tp), cfg.cp)
+    if degree == cfg.cp:
+        return cp, None
+    ranks = np.arange(world).reshape(-1, cfg.cp, cfg.tp).swapaxes(1, 2)  # [pp·dp, tp, cp]
+    square = ranks.reshape(-1, cfg.cp // degree, degree)
+    ulysses = _axis_of(square.reshape(-1, degree), cfg.timeout_minutes)
+    return ulysses, _axis_of(square.swapaxes(1, 2).reshape(-1, cfg.cp // degree), cfg.timeout_minutes)
+
+
+def _axis_of(groups: npt.NDArray[np.int64], timeout_minutes: int) -> Axis:
+    """The line of `groups` `[groups, size]` that this rank is on. Every rank of the world makes every group."""
     mine = None
-    for first in range(0, world, copies):
-        ranks = list(range(first, first + copies))
+    for ranks in groups.tolist():
         group = dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes))
         if dist.get_rank() in ranks:
-            mine = group
+            mine = Axis(len(ranks), ranks.index(dist.get_rank()), group)
+    assert mine is not None, "groups cover the world"
     return mine
 
 

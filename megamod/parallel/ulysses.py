@@ -1,13 +1,18 @@
-"""Ulysses sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509): sequence ↔ heads.
+"""Ulysses sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509): sequence ↔ heads. And beyond the heads, keys and values gathered.
 
 A context-parallel rank holds a stretch of the packed row. Before attention each rank gives away its stretch of most heads and
 receives the whole row of its own; after it, back. Every rank then sees whole documents in order, so attention, RoPE and
 document borders need no special case, however the documents lie over the ranks.
 
-Sent by a rank in one layer's forward pass, and as much again in its backward pass, with t = T/cp tokens, H/tp query heads,
-K' kv heads (K/tp, or 1, repeated up to cp where there are fewer) and e bytes a number:
+Where cp exceeds what the heads allow, cp = u × r: u neighbours share the heads as above and see the stretch that is theirs
+together; the r ranks that hold the same heads of other stretches gather their keys and values (as Llama 3 was trained,
+arXiv:2407.21783 §3.3.2), which grouped queries make small. A query then has all keys before it.
 
-    (cp - 1)/cp · t · D · e · (2·H/tp + 2·K')          q and the output, k and v
+Sent by a rank in one layer's forward pass, and as much again in its backward pass, with t = T/cp tokens, H/tp query heads,
+K' kv heads (K/tp, or 1, repeated up to u where there are fewer) and e bytes a number:
+
+    (u - 1)/u · t · D · e · (2·H/tp + 2·K')            q and the output, k and v, to the other u - 1
+    (r - 1) · t · D · e · 2·K'                         keys and values of u·t tokens and K'/u heads, to the other r - 1
 
 Recomputed attention (`model.recompute`) exchanges a second time in the backward pass.
 """
@@ -60,3 +65,32 @@ def seq_to_heads(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ..
 def heads_to_seq(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Each `[T, H/cp, D]` of this rank's heads → `[T/cp, H, D]` of this rank's stretch."""
     return tensors if group.size() == 1 else _AllToAll.apply(SEQUENCE, HEADS, group, *tensors)
+
+
+class _Gather(torch.autograd.Function):
+    """Each rank's stretch of each tensor, joined along the sequence; the gradient of a stretch is the sum of what all ranks have of it."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        sent = [x.contiguous() for x in tensors]
+        wholes = tuple(x.new_empty(group.size() * len(x), *x.shape[1:]) for x in sent)
+        works = [dist.all_gather_into_tensor(y, x, group=group, async_op=True) for y, x in zip(wholes, sent, strict=True)]
+        for work in works:
+            work.wait()
+        return wholes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sent = [grad.contiguous() for grad in grads]
+        parts = tuple(grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:]) for grad in sent)
+        works = [dist.reduce_scatter_tensor(y, x, group=ctx.group, async_op=True) for y, x in zip(parts, sent, strict=True)]
+        for work in works:
+            work.wait()
+        return None, *parts
+
+
+def gather_seq(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each `[T/r, K, D]` of this rank's stretch → `[T, K, D]`, the row of `group`'s r ranks, which hold the same heads."""
+    gathered: tuple[Tensor, ...] = _Gather.apply(group, *tensors)
+    return gathered
