@@ -42,7 +42,7 @@ say "data"
 if [ -n "${DATA:-}" ]; then
     python tools/split_data.py "$DATA" "$new/data" --seed "$seed"
 elif [ -n "$real" ]; then # fewer rows: a token costs fifty times as much
-    python tools/make_dataset.py "$new/data" --train 1000 --held-out 300 --seed "$seed"
+    python tools/make_dataset.py "$new/data" --train 1000 --held-out 200 --seed "$seed"
 else
     python tools/make_dataset.py "$new/data" --train 8000 --validation 300 --held-out 1000 --seed "$seed"
 fi
@@ -54,11 +54,13 @@ say "a checkpoint to begin with"
 if [ -n "$real" ]; then
     model=models/smollm2
     python tools/real_weights.py "$model"
-    set -- configs/smollm2.py steps=32 checkpoint.every=none "$@"
+    set -- configs/smollm2.py steps=28 checkpoint.every=none "$@"
+    judging=(--dtype bfloat16 --scoring first_token --decode 12)
 else
     model=$run/base
     python tools/make_checkpoint.py "$model" --data "$run/data/train.jsonl" --seed "$seed"
     set -- configs/quickstart.py "eval.data=$run/data/validation.jsonl" "$@"
+    judging=(--decode 100)
 fi
 
 say "training on $NPROC ranks"
@@ -66,7 +68,7 @@ bash launch/node.sh "$@" "dir=$run" "model.path=$model" "data.train=$run/data/tr
 exported=$(ls -d "$run"/hf/step-*)
 
 say "judging the held-out conversations"
-torchrun --standalone --nproc-per-node "$NPROC" tools/judge.py --model "$exported" "$run/data/held_out.jsonl" "$run/verdicts.jsonl" --decode 100
+torchrun --standalone --nproc-per-node "$NPROC" tools/judge.py --model "$exported" "$run/data/held_out.jsonl" "$run/verdicts.jsonl" "${judging[@]}"
 python tools/evaluate.py "$run/verdicts.jsonl" "$run/report" --train "$run/data/train.jsonl" --test "$run/data/held_out.jsonl" --name megamod
 python tools/plot_run.py "$run" "$run/report/curves.png"
 

@@ -1,7 +1,9 @@
 """Errors that a user reads: one line that says what is wrong, where, and what would be right."""
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class MegamodError(Exception):
@@ -25,3 +27,19 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     items = list(names)
     more = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+@contextmanager
+def expected(what: str, at: os.PathLike[str] | str | None = None) -> Iterator[None]:
+    """`with expected("a directory that can be made"):` — an operating-system error inside is said in these words.
+
+    Args:
+        at: the path to name; None: the one that the system names.
+
+    Raises:
+        MegamodError: for an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MegamodError(f"{at or error.filename}: {error.strerror or error}: {what} was expected") from None

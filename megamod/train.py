@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from megamod import checkpoint, config, optim
+from megamod.command import command
 from megamod.config import RunConfig
 from megamod.data import chat
 from megamod.data.loader import Loader
@@ -216,21 +217,17 @@ class _Parser(argparse.ArgumentParser):
         raise MegamodError(f"{message}; usage: {self.prog} configs/<run>.py [owner.key=value ...]")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Returns the exit status: 0, or 1 after one line that says what is wrong, said once over all ranks."""
     parser = _Parser(prog="python -m megamod.train", description="Train; launch with torchrun on every rank.")
     parser.add_argument("config", help="a Python file with config() -> RunConfig")
     parser.add_argument("overrides", nargs="*", metavar="owner.key=value", help="such as optim.lr=3e-6")
-    try:
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise MegamodError(f"argument {unknown[0]!r}: write overrides as owner.key=value, such as optim.lr=3e-6, without dashes")
-        train(config.load(args.config, args.overrides))
-    except MegamodError as error:
-        grids.say_once(f"megamod: error: {error}")
-        return 1
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise MegamodError(f"argument {unknown[0]!r}: write overrides as owner.key=value, such as optim.lr=3e-6, without dashes")
+    train(config.load(args.config, args.overrides))
     grids.leave()
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from megamod.command import command
 from megamod.config import ChatConfig
 from megamod.data import chat
 from megamod.data.jsonl import row_of
@@ -99,7 +100,8 @@ def _text(words: str) -> Text:
     return Text("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in words))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("messages", nargs="+", metavar="message")
     parser.add_argument("--model", required=True, help="a Hugging Face directory")
@@ -107,18 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        if args.max_new_tokens < 1:
-            raise MegamodError(f"--max-new-tokens {args.max_new_tokens}: at least 1 was expected")
-        answers = ask(args.model, args.messages, args.max_new_tokens)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    if args.max_new_tokens < 1:
+        raise MegamodError(f"--max-new-tokens {args.max_new_tokens}: at least 1 was expected")
+    answers = ask(args.model, args.messages, args.max_new_tokens)
     Console().print(table(answers))
     if all(answer.verdict is None for answer in answers):
-        print(f"megamod: error: {args.model}: no answer is a verdict in the model's format", file=sys.stderr)
-        return 1
-    return 0
+        raise MegamodError(f"{args.model}: no answer is a verdict in the model's format")
 
 
 if __name__ == "__main__":

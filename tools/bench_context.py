@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamod import losses
+from megamod.command import command
 from megamod.config import ModelConfig, OptimConfig, ParallelConfig
 from megamod.data.documents import IGNORED, Document
 from megamod.data.packing import micro_batch
@@ -138,7 +139,8 @@ def launched(cp: int, args: argparse.Namespace) -> list[Measured]:
     return [Measured(**one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768, help="of the row (default: %(default)s)")
     parser.add_argument("--cp", default="1,2,4", help="context-parallel ranks to compare (default: %(default)s)")
@@ -146,24 +148,16 @@ def main() -> int:
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    try:
-        shape = read_shape(args.shape) if args.shape else shape_of(SMALL)
-        if args.as_rank:
-            found = measure(shape, args.tokens, args.recompute)
-            if found and os.environ["RANK"] == "0":
-                print(json.dumps([asdict(one) for one in found]))
-            return 0
-        sizes = [int(n) if n.isdecimal() else 0 for n in args.cp.split(",")]
-        if min(sizes) < 1 or args.tokens < 64 or any(args.tokens % n for n in sizes):
-            raise MegamodError(
-                f"--cp {args.cp} --tokens {args.tokens}: numbers of ranks that divide the tokens, at least 64, were expected"
-            )
-        for cp in sizes:
-            grids.check(ParallelConfig(cp=cp), shape, cp)
-        found = [one for cp in sizes for one in launched(cp, args)]
-    except MegamodError as error:
-        grids.say_once(f"megamod: error: {error}")
-        return 1
+    shape = read_shape(args.shape) if args.shape else shape_of(SMALL)
+    if args.as_rank:
+        found = measure(shape, args.tokens, args.recompute)
+        if found and os.environ["RANK"] == "0":
+            print(json.dumps([asdict(one) for one in found]))
+        return
+    sizes = [int(n) if n.isdecimal() else 0 for n in args.cp.split(",")]
+    if min(sizes) < 1 or args.tokens < 64 or any(args.tokens % n for n in sizes):
+        raise MegamodError(f"--cp {args.cp} --tokens {args.tokens}: numbers of ranks that divide the tokens, at least 64, were expected")
+    found = [one for cp in sizes for one in launched(cp, args)]
     base = max(one.step for one in found if one.cp == sizes[0])
     table = Table(title=f"{args.tokens:,} tokens, {shape.layers} layers of {shape.hidden}, recompute {args.recompute}")
     for name in ("cp", "tokens a rank", "process and model, MiB", "peak, MiB", "the step, MiB", f"of cp {sizes[0]}", "seconds"):
@@ -176,7 +170,6 @@ def main() -> int:
         table.add_row(str(cp), f"{args.tokens // cp:,}", *sums)
     Console().print(table)
     print(json.dumps({"tokens": args.tokens, "recompute": args.recompute, "ranks": [{**asdict(one), "step": one.step} for one in found]}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from megamod.command import command
 from megamod.data.loader import deal
 from megamod.data.packing import StreamPacker, attention_costs, pack
 from megamod.errors import MegamodError
@@ -32,7 +33,8 @@ Packer = Callable[[Lengths, int], tuple[int, float, float]]  # lengths, capacity
 MOST_STEPS = 200  # that shares are averaged over
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--capacity", type=int, nargs="+", default=[4096], help="tokens of a row; several give several tables' rows")
@@ -45,13 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="the best of so many is told (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        check(args)
-        theirs, why_not = trl_packer()
-        results = [measured(args, capacity, theirs) for capacity in args.capacity]
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    check(args)
+    theirs, why_not = trl_packer()
+    results = [measured(args, capacity, theirs) for capacity in args.capacity]
     console = Console(highlight=False)
     console.print(packers(results))
     console.print(shares(results))
@@ -59,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(why_not, soft_wrap=True)
     asked = {name: getattr(args, name) for name in ("documents", "mean", "sigma", "seed", "repeats")}
     print(json.dumps({**asked, "trl": why_not or "measured", "results": results}))
-    return 0
 
 
 def check(args: argparse.Namespace) -> None:

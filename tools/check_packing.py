@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from megamod import config
 from megamod.batch import Batch
+from megamod.command import command
 from megamod.config import RunConfig
 from megamod.data.loader import peek
 from megamod.errors import MegamodError
@@ -110,27 +111,23 @@ def answers(chunks: list[Decoder], batches: Iterable[Batch], grid: Grid) -> list
     return [(answer or [torch.zeros(0)])[0] for answer in found]
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="owner.key=value")
     parser.add_argument("--step", type=int, default=1, help="of the run, from 1 (default); its first micro-batch is taken")
     parser.add_argument("--documents", type=int, default=16, help="how many are changed, at most (default: 16)")
     args = parser.parse_intermixed_args()
-    try:
-        if args.documents < 1:
-            raise MegamodError(f"--documents {args.documents}: at least 1 was expected")
-        found, about = findings(config.load(args.config, args.overrides), args.step, args.documents)
-        if found:
-            Console().print(table(found, about))
-        together(lambda: refuse(found))  # only one rank knows, all end alike
-    except MegamodError as error:
-        grids.say_once(f"megamod: error: {error}")
-        return 1
+    if args.documents < 1:
+        raise MegamodError(f"--documents {args.documents}: at least 1 was expected")
+    found, about = findings(config.load(args.config, args.overrides), args.step, args.documents)
+    if found:
+        Console().print(table(found, about))
+    together(lambda: refuse(found))  # only one rank knows, all end alike
     if found:
         print(f"{len(found)} documents changed, each alone: all others kept every bit")
     grids.leave()
-    return 0
 
 
 def table(found: list[Finding], about: str) -> Table:

@@ -12,10 +12,10 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
+from megamod.command import command
 from megamod.config import ModelConfig, ParallelConfig, SyntheticData
 from megamod.data.documents import synthetic
 from megamod.data.packing import micro_batch
-from megamod.errors import MegamodError
 from megamod.model.build import DTYPES, build
 from megamod.model.shape import read_shape
 from megamod.parallel import grid as grids
@@ -24,17 +24,14 @@ from megamod.weights.load import Safetensors, load
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 0.1}  # transformers computes norms and RoPE in fp32, also in float64
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--tolerance", type=float, help="default: 1e-5 in float64, 1e-4 in float32, 0.1 in bfloat16")
     args = parser.parse_args()
-    try:
-        worst, mean = difference(args.directory, args.dtype)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    worst, mean = difference(args.directory, args.dtype)
     tolerance = args.tolerance or TOLERANCE[args.dtype]
     verdict = "equal" if worst <= tolerance else "DIFFERENT"
     print(f"{args.directory}: log-probabilities in megamod and transformers, {args.dtype}: {verdict}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megamod.command import command
 from megamod.data.jsonl import Row, read_rows
 from megamod.errors import MegamodError
 from megamod.evaluate import records, report
@@ -23,7 +24,8 @@ from megamod.verdicts import SEVERITIES
 LINEAR = "TF-IDF + logistic regression"
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verdicts", type=Path)
     parser.add_argument("out", type=Path)
@@ -31,27 +33,22 @@ def main() -> int:
     parser.add_argument("--test", type=Path, help="JSONL of the conversations that were judged")
     parser.add_argument("--name", default="model", help="of the model, in table and plots")
     args = parser.parse_args()
-    try:
-        if (args.train is None) != (args.test is None):
-            raise MegamodError("--train and --test: both were expected, or neither")
-        judged = records.read(args.verdicts)
-        sides = [(args.name, measure(judged))]
-        baseline = None
-        if args.train is not None:
-            linear = judged_linearly(list(read_rows(args.train, labelled=True)), list(read_rows(args.test, labelled=True)), judged)
-            baseline = (LINEAR, measure(linear), linear)
-            sides.append(baseline[:2])
-        metrics, page = report.write(sides[0][1], judged, args.out, title=args.name, baseline=baseline)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    if (args.train is None) != (args.test is None):
+        raise MegamodError("--train and --test: both were expected, or neither")
+    judged = records.read(args.verdicts)
+    sides = [(args.name, measure(judged))]
+    baseline = None
+    if args.train is not None:
+        linear = judged_linearly(list(read_rows(args.train, labelled=True)), list(read_rows(args.test, labelled=True)), judged)
+        baseline = (LINEAR, measure(linear), linear)
+        sides.append(baseline[:2])
+    metrics, page = report.write(sides[0][1], judged, args.out, title=args.name, baseline=baseline)
     table = Table(*["", *(name for name, _ in sides)], title=f"{args.verdicts}, [95 % intervals]")
     columns = [dict(headline(metrics)) for _, metrics in sides]
     for name in dict.fromkeys(name for column in columns for name in column):
         table.add_row(name, *(column.get(name, "–") for column in columns))
     Console().print(table)
     print(f"{metrics}\n{page}")
-    return 0
 
 
 def judged_linearly(train: list[Row], test: list[Row], judged: list[Judged]) -> list[Judged]:

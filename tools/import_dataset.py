@@ -10,11 +10,13 @@ import runpy
 import sys
 from collections.abc import Mapping
 
+from megamod.command import command
 from megamod.data.importers import SETS, Source, import_dataset
 from megamod.errors import MegamodError
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """The command line; its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=", ".join(SETS))
@@ -27,17 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--system", metavar="TEXT", help="a system message put first in every conversation")
     parser.add_argument("--sets", metavar="FILE.py", help="a Python file with SETS of your own")
     args = parser.parse_args(arguments)
-    try:
-        if args.seed is not None and args.limit is None:
-            raise MegamodError("--seed without --limit: nothing is chosen at random; add --limit or leave --seed out")
-        sets = {**SETS, **own(args.sets)} if args.sets else SETS
-        seed, options = args.seed or 0, {"split": args.split, "system": args.system, "balance": args.balance}
-        found = import_dataset(args.name, args.folder, args.out, limit=args.limit, seed=seed, sets=sets, **options)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    if args.seed is not None and args.limit is None:
+        raise MegamodError("--seed without --limit: nothing is chosen at random; add --limit or leave --seed out")
+    sets = {**SETS, **own(args.sets)} if args.sets else SETS
+    seed, options = args.seed or 0, {"split": args.split, "system": args.system, "balance": args.balance}
+    found = import_dataset(args.name, args.folder, args.out, limit=args.limit, seed=seed, sets=sets, **options)
     print(f"{args.out}: {args.name}{f' {args.split}' if args.split else ''}, " + "\n  ".join(found.summary()))
-    return 0
 
 
 def own(path: str) -> Mapping[str, Source]:

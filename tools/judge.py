@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megamod.command import command
 from megamod.config import ParallelConfig
 from megamod.data.jsonl import read_rows
 from megamod.errors import MegamodError
@@ -23,7 +24,8 @@ from megamod.parallel.collectives import together
 from megamod.verdicts import FORMATS
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
@@ -38,23 +40,19 @@ def main() -> int:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--cp", type=int, default=1)
     args = parser.parse_args()
-    try:
-        if args.decode != "all" and not args.decode.isdecimal():
-            raise MegamodError(f"--decode {args.decode}: a number of rows, or all, was expected")
-        if args.max_new_tokens != parser.get_default("max_new_tokens") and args.decode == "0":
-            raise MegamodError(f"--max-new-tokens {args.max_new_tokens} would not be read: --decode is 0")
-        if args.out.exists():
-            raise MegamodError(f"{args.out}: exists; a new file was expected")
-        records.check(args.out)
-        rows = list(read_rows(args.rows))
-        parallel = ParallelConfig(tp=args.tp, pp=args.pp, cp=args.cp)
-        moderator = Moderator(args.model, parallel, dtype=args.dtype, format=args.format, row_length=args.row_length)
-        decode = None if args.decode == "all" else int(args.decode)
-        judged = moderator.judge(rows, scoring=args.scoring, decode=decode, max_new_tokens=args.max_new_tokens)
-        together(lambda: records.write(args.out, rows, judged), acts=moderator.is_first)
-    except MegamodError as error:
-        grids.say_once(f"megamod: error: {error}")
-        return 1
+    if args.decode != "all" and not args.decode.isdecimal():
+        raise MegamodError(f"--decode {args.decode}: a number of rows, or all, was expected")
+    if args.max_new_tokens != parser.get_default("max_new_tokens") and args.decode == "0":
+        raise MegamodError(f"--max-new-tokens {args.max_new_tokens} would not be read: --decode is 0")
+    if args.out.exists():
+        raise MegamodError(f"{args.out}: exists; a new file was expected")
+    records.check(args.out)
+    rows = list(read_rows(args.rows))
+    parallel = ParallelConfig(tp=args.tp, pp=args.pp, cp=args.cp)
+    moderator = Moderator(args.model, parallel, dtype=args.dtype, format=args.format, row_length=args.row_length)
+    decode = None if args.decode == "all" else int(args.decode)
+    judged = moderator.judge(rows, scoring=args.scoring, decode=decode, max_new_tokens=args.max_new_tokens)
+    together(lambda: records.write(args.out, rows, judged), acts=moderator.is_first)
     if moderator.is_first:
         flagged = sum(one.severity != "safe" for one in judged)
         print(f"{args.out}: {len(rows):,} verdicts, {flagged:,} not safe")
@@ -64,7 +62,6 @@ def main() -> int:
         if special:
             print(f"{special:,} hold the text of special tokens, with which a text can end its own turn: see `notes`")
     grids.leave()
-    return 0
 
 
 if __name__ == "__main__":

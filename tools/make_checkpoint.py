@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megamod import files
+from megamod.command import command
 from megamod.data.jsonl import read_rows
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, expected
 from megamod.model.shape import shape_of
 from megamod.verdicts import FORMATS
 from megamod.weights.load import Random
@@ -34,7 +35,8 @@ TEMPLATE = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a new directory")
     parser.add_argument("--data", type=Path, required=True, help="JSONL of conversations, for the tokenizer")
@@ -44,29 +46,22 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=6, help="query heads; kv heads are half as many")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    try:
+    with expected("a directory that can be made"):
         make(args.out, args.data, vocab=args.vocab, layers=args.layers, hidden=args.hidden, heads=args.heads, seed=args.seed)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"megamod: error: {error.filename}: {error.strerror}: a directory that can be made was expected", file=sys.stderr)
-        return 1
-    return 0
 
 
 def make(out: Path, data: Path, *, vocab: int, layers: int, hidden: int, heads: int, seed: int) -> None:
     """Write the checkpoint to `out`, whole or not at all. Raises MegamodError."""
     if out.exists():
         raise MegamodError(f"{out}: exists; a new directory was expected")
-    for name, value, fits, expected in (
+    for name, value, fits, right in (
         ("--vocab", vocab, vocab >= 300, "at least 300: 256 bytes and the special tokens"),
         ("--layers", layers, layers >= 1, "at least 1"),
         ("--heads", heads, heads >= 2 and heads % 2 == 0, "an even number"),
         ("--hidden", hidden, hidden >= 2 and hidden % (2 * max(heads, 1)) == 0, f"a multiple of {2 * heads}, for an even head size"),
     ):
         if not fits:
-            raise MegamodError(f"{name} {value}: {expected} was expected")
+            raise MegamodError(f"{name} {value}: {right} was expected")
     tokenizer = learn(data, vocab)
     draft = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)

@@ -10,12 +10,14 @@ import json
 import sys
 from pathlib import Path
 
+from megamod.command import command
 from megamod.data.bilingual import generate, summary
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, expected
 from megamod.files import replace_text
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--train", type=int, default=6000, help="rows (default: %(default)s)")
@@ -23,25 +25,18 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=1000, help="rows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args()
-    try:
-        if args.validation < 0:
-            raise MegamodError(f"--validation {args.validation}: must be at least 0")
-        rows, held_out = generate(args.train + args.validation, args.held_out, args.seed)
-        parts = {"train": rows[: args.train], "validation": rows[args.train :], "held_out": held_out}
-        for name, rows in parts.items():
-            if name == "validation" and not args.validation:
-                continue
-            file = args.out / f"{name}.jsonl"
-            try:
-                args.out.mkdir(parents=True, exist_ok=True)
-                replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            except OSError as error:
-                raise MegamodError(f"{file}: {error.strerror or error}: a directory that can be written was expected") from None
-            print(f"{file}: {summary(rows)}")
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if args.validation < 0:
+        raise MegamodError(f"--validation {args.validation}: must be at least 0")
+    rows, held_out = generate(args.train + args.validation, args.held_out, args.seed)
+    parts = {"train": rows[: args.train], "validation": rows[args.train :], "held_out": held_out}
+    for name, rows in parts.items():
+        if name == "validation" and not args.validation:
+            continue
+        file = args.out / f"{name}.jsonl"
+        with expected("a directory that can be written", file):
+            args.out.mkdir(parents=True, exist_ok=True)
+            replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{file}: {summary(rows)}")
 
 
 if __name__ == "__main__":

@@ -11,28 +11,23 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megamod.command import command
 from megamod.data.jsonl import json_object, lines_of
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, expected
 from megamod.files import replacing
 
 Curve = tuple[list[int], list[float]]
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("out", type=Path, help="a PNG file")
     args = parser.parse_args()
-    try:
+    with expected("a PNG file that can be written"):
         plot(curves(args.run / "metrics.jsonl"), str(args.run), args.out)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"megamod: error: {error.filename}: {error.strerror}: a PNG file that can be written was expected", file=sys.stderr)
-        return 1
     print(args.out)
-    return 0
 
 
 def curves(file: Path) -> dict[str, Curve]:

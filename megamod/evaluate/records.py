@@ -18,7 +18,7 @@ from typing import Any
 
 from megamod import files
 from megamod.data.jsonl import Row, json_object, lines_of, names_of, no_rows, severity_of, typed
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, expected
 from megamod.evaluate.metrics import Judged
 from megamod.verdicts import SEVERITIES, Verdict
 
@@ -36,12 +36,10 @@ def record(row: Row, judged: Judged) -> dict[str, Any]:
 def check(path: str | Path) -> None:
     """Refuse, before the work, a file that could not be written after it. Raises MegamodError."""
     path = Path(path)
-    try:
+    with expected("a file that can be written", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):  # without a name: every rank may ask at once
             pass
-    except OSError as error:
-        raise MegamodError(f"{path}: {error.strerror or error}: a file that can be written was expected") from None
 
 
 def write(path: str | Path, rows: Sequence[Row], judged: Iterable[Judged]) -> None:

@@ -19,7 +19,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from megamod.errors import MegamodError
+from megamod.errors import expected
 from megamod.evaluate.metrics import BINS, FPRS, NAMES, Judged, Reading, Table, calibration, curve, headline, readings_of, tabulate
 from megamod.files import replace_text, replacing
 
@@ -86,14 +86,12 @@ def write(
     record = dict(metrics) | ({"baseline": {"name": baseline[0], "metrics": baseline[1]}} if baseline else {})
     text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     json_file, png_file = directory / "metrics.json", directory / "report.png"
-    try:
+    with expected("a directory for the report", directory):
         directory.mkdir(parents=True, exist_ok=True)
         # Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes the escape that JSON reads back.
         replace_text(json_file, text.encode("utf-8", "backslashreplace").decode("utf-8"))
         with replacing(png_file) as draft:
             draft.write_bytes(picture)
-    except OSError as error:
-        raise MegamodError(f"{directory}: {error.strerror or error}: a directory for the report was expected") from None
     return json_file, png_file
 
 
