@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in under ten minutes on one: kernels against their references and their speed, tests marked
-# gpu, a real training step with tokens/s, MFU and memory, and the main job. Uses .venv if there is one, else the python on PATH, with what setup.py names and pytest. All parts run, whatever the
-# first says; the exit status is the last bad one. The report also goes to runs/gpu_check/report.txt.
+# gpu, a real training step with tokens/s, MFU and memory, and the main job. Uses .venv if there is one, else the python on PATH, with
+# what setup.py names and pytest. All parts run, whatever the first says; the exit status is the last bad one. The report also goes to
+# runs/gpu_check/report.txt.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [ -x "$MEGAMOD_ROOT/.venv/bin/python" ] && export PATH="$MEGAMOD_ROOT/.venv/bin:$PATH"

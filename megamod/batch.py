@@ -36,7 +36,7 @@ class Batch:
     """
 
     tokens: Tensor  # [T] of the row, [T/cp] after `slice`
-    positions: Tensor  # [T] int64: 0, 1, … from the start of each document; the whole row's, also after `slice`
+    positions: Tensor  # [T] int64: 0, 1, … from the start of each document; [3, T] with mRoPE. The whole row's, also after `slice`
     lengths: tuple[int, ...]  # S document lengths, which sum to T
     rows: Tensor  # [N] int64: where the labelled positions are in `tokens`
     labels: Tensor  # [N] int64: the token to be predicted there

@@ -68,11 +68,11 @@ class Run:
         self.metrics = train_step(self.optimizer.chunks, self.case.batches(self.grid), loss, self.grid)
 
 
-def prepare(case: Case, grid: Grid, optim: OptimConfig | None = None, attention: Attention = "auto") -> Run:
+def prepare(case: Case, grid: Grid, optim: OptimConfig | None = None, attention: Attention = "auto", *, deterministic: bool = False) -> Run:
     shape = tiny.shape(case.model)
     recompute = {"recompute": case.recompute, "recompute_modules": case.recompute_modules}
     cfg = ModelConfig(path="", dtype=case.dtype, attention=attention, **recompute)  # type: ignore[arg-type]
-    chunks, _ = build(cfg, shape, grid)
+    chunks, _ = build(cfg, shape, grid, deterministic=deterministic)
     items = load(chunks, shape, grid, Tensors(tiny.weights(case.model)))
     wrapped = data_parallel(chunks, grid, overlap=case.overlap)
     return Run(grid, case, Optimizer(optim or OptimConfig(), wrapped, items, grid))

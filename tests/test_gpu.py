@@ -100,13 +100,18 @@ def test_bf16_parity(attention: Attention, monkeypatch: pytest.MonkeyPatch) -> N
     assert error(ours) <= 2 * error(rounded)
 
 
-def test_deterministic(grid: Grid) -> None:
+@pytest.mark.parametrize("attention", ["auto", "reference", "varlen_attn", "flash_attn"])
+def test_deterministic(grid: Grid, attention: Attention) -> None:
     """A deterministic run gives the same bits twice."""
+    try:
+        backends.attention(attention, CUDA, torch.bfloat16, deterministic=True)
+    except MegamodError as error:
+        pytest.skip(str(error))
     torch.use_deterministic_algorithms(True)
     try:
         results = []
         for _ in range(2):
-            run = parity.prepare(Case("qwen3", P(), dtype="bfloat16"), grid, OptimConfig(lr=1e-3), attention="reference")
+            run = parity.prepare(Case("qwen3", P(), dtype="bfloat16"), grid, OptimConfig(lr=1e-3), attention=attention, deterministic=True)
             for _ in range(3):
                 run.step()
                 run.optimizer.step(1e-3)

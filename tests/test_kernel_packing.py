@@ -258,6 +258,25 @@ def test_kernel_compiles_for_a_gpu(
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
 
 
+def test_a_stale_save_beside_a_view_is_found() -> None:
+    """q a view, k with memory of its own whose old numbers its maker needs: torch must refuse, not give a wrong gradient."""
+    cos, sin = tables(5, 8, 1, torch.float64)
+    leaf = random(5, 3, 8, seed=1, dtype=torch.float64).requires_grad_()
+    for make, harmless in ((torch.exp, False), (lambda x: 3 * x, True)):
+        fused = leaf * 2
+        q, k = packing.rope(fused[:, :2], make(fused[:, 2:]), cos, sin)
+        total = q.square().sum() + k.square().sum()
+        if not harmless:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                total.backward()
+            continue
+        (found,) = torch.autograd.grad(total, leaf)
+        plain = leaf * 2
+        q, k = packing.rope_ref(plain[:, :2], make(plain[:, 2:]), cos, sin)
+        (expected,) = torch.autograd.grad(q.square().sum() + k.square().sum(), leaf)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
 # ---- references against definitions
 
 SHAPES = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9))  # T, H, K, D/2

@@ -1,5 +1,6 @@
 """Ulysses: what moves, how much of it and when; and rows in which documents lie over the ranks in every awkward way."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import rows
 import tiny
 import torch
 import torch.distributed as dist
+from complaints import complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import Case
@@ -25,9 +27,9 @@ from megamod.config import ParallelConfig as P
 from megamod.losses import Loss
 from megamod.model import rope
 from megamod.model.attention import PackedAttention, PackedRow
-from megamod.model.backends import Documents, _flash, attend_reference
+from megamod.model.backends import FUSED, Documents, _flash, attend_reference
 from megamod.model.head import Head
-from megamod.model.shape import Rope, shape_of
+from megamod.model.shape import Rope, both_spellings, shape_of
 from megamod.parallel.grid import kv_repeats, started
 from megamod.parallel.ulysses import heads_to_seq, seq_to_heads
 
@@ -102,14 +104,14 @@ def packed_row(lengths: Sequence[int], grid: Any) -> PackedRow:
     return PackedRow.of(batch, shape, torch.float32, grid)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 4), (8, 2), (8, 1)])  # of a rank: H/tp and K/tp
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 4), (8, 2), (8, 1), (24, 6), (24, 12), (24, 3)])  # of a rank: H/tp and K/tp
 @pytest.mark.parametrize(("ulysses", "gather"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 3), (8, 4)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bytes_and_order(heads: int, kv_heads: int, ulysses: int, gather: int, dtype: torch.dtype) -> None:
     """q, k and v are on their way before any is awaited, forward and backward; the bytes are those of the module's docstring."""
     module, row, group, beyond = attention(heads, kv_heads, ulysses, gather)
     q, k, v = (torch.randn(TOKENS, n, DIM, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-    repeated = max(kv_heads, ulysses)  # kv heads are repeated up to u, and only then
+    repeated = math.lcm(kv_heads, ulysses)  # kv heads are repeated until u divides them, and only then
     unit = TOKENS * DIM * dtype.itemsize
     exchanged = (ulysses - 1) / ulysses * unit * (2 * heads + 2 * repeated)
     gathered = (gather - 1) * unit * 2 * repeated
@@ -339,8 +341,26 @@ def test_text_stands_at_the_same_place_in_all_three(data: st.DataObject) -> None
 
 @pytest.mark.parametrize("section", [[4, 2], [4, 2, 3], [4, 4, 0], "4,2,2", [4.0, 2, 2]])
 def test_sections_that_are_none(section: Any) -> None:
-    from complaints import complaint
-
     parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section}
     text = complaint(lambda: shape_of(tiny.config("qwen3", head_dim=16, rope_parameters=parameters)))
     assert "three positive integers that sum to head_dim / 2 = 8 were expected" in text
+
+
+@pytest.mark.parametrize("parameters", [{"type": "mrope"}, {"rope_type": "mrope"}, {"rope_type": "default", "mrope_interleaved": True}])
+def test_mrope_without_sections(parameters: dict[str, Any]) -> None:
+    text = complaint(lambda: shape_of(tiny.config("qwen3", head_dim=16, rope_parameters={"rope_theta": 1e4, **parameters})))
+    assert "mrope without mrope_section" in text
+
+
+@pytest.mark.parametrize("name", sorted(tiny.VISION))
+def test_both_spellings_keep_the_sections(name: str) -> None:
+    """Of an export's config.json each spelling alone says what there was."""
+    config = both_spellings(tiny.config(name), "bfloat16")
+    five = {key: value for key, value in config.items() if key != "rope_scaling"}
+    four = {key: value for key, value in config.items() if key != "rope_parameters"}
+    assert four["rope_scaling"]["type"] == "mrope"
+    assert shape_of(five).rope == shape_of(four).rope == tiny.shape(name).rope
+
+
+def test_flash_attention_3_is_not_for_deterministic_runs() -> None:
+    assert "not deterministic" in complaint(lambda: FUSED["flash_attn_3"](torch.device("cuda"), True))

@@ -81,13 +81,15 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        if self.device.type != "cuda":  # a GPU's allocator remembers
+            self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._watcher.join()
-        if self.device.type == "cuda":
+        if self.device.type != "cuda":
+            self._done.set()
+            self._watcher.join()
+        else:
             torch.cuda.synchronize()
             self.value = torch.cuda.max_memory_allocated() / 2**20
 
@@ -149,6 +151,8 @@ def main() -> None:
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     shape = read_shape(args.shape) if args.shape else shape_of(SMALL)
+    if shape.longest_document is not None and args.tokens > 4 * shape.longest_document:  # the longest document is a quarter of the row
+        raise MegamodError(f"--tokens {args.tokens}: this model attends to {shape.longest_document} tokens: use at most four times that")
     if args.as_rank:
         found = measure(shape, args.tokens, args.recompute)
         if found and os.environ["RANK"] == "0":

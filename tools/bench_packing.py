@@ -122,6 +122,9 @@ def measured(args: argparse.Namespace, capacity: int, theirs: Packer | None) -> 
     rng = np.random.default_rng(args.seed)
     mu = math.log(args.mean) - args.sigma**2 / 2  # a log-normal's mean is exp(mu + sigma²/2)
     lengths = np.clip(np.rint(rng.lognormal(mu, args.sigma, args.documents)), 1, capacity).astype(np.int64)
+    costs = attention_costs(pack(lengths, capacity), lengths, capacity)
+    if len(costs) < args.rows_per_step:
+        raise MegamodError(f"{len(costs)} rows of {capacity} tokens are no step of {args.rows_per_step}: use more --documents")
     listed = lengths.tolist()  # a stream gives integers
     contestants: dict[str, Callable[[], tuple[int, float, float]]] = {
         "pack": lambda: (len(pack(lengths, capacity)), 0.0, 0.0),
@@ -145,15 +148,12 @@ def measured(args: argparse.Namespace, capacity: int, theirs: Packer | None) -> 
     for best in found.values():
         best["ratio"] = best["seconds"] / found["pack"]["seconds"]
         best["cpu_ratio"] = best["cpu_seconds"] / found["pack"]["cpu_seconds"]
-    return {"capacity": capacity, "packers": found, "shares": [dealt(args, lengths, capacity, dp) for dp in args.dp]}
+    return {"capacity": capacity, "packers": found, "shares": [dealt(args, costs, dp) for dp in args.dp]}
 
 
-def dealt(args: argparse.Namespace, lengths: Lengths, capacity: int, dp: int) -> dict[str, Any]:
+def dealt(args: argparse.Namespace, costs: Lengths, dp: int) -> dict[str, Any]:
     """The costliest rank over the mean: in turns, by `deal`, and what no deal can be below, since a row is read by one rank."""
-    costs = attention_costs(pack(lengths, capacity), lengths, capacity)
     steps = min(MOST_STEPS, len(costs) // args.rows_per_step)
-    if not steps:
-        raise MegamodError(f"{len(costs)} rows of {capacity} tokens are no step of {args.rows_per_step}: use more --documents")
     stream = np.random.default_rng([args.seed, 0]).permutation(len(costs))
     turns, evened, least = [], [], []
     for rows in stream[: steps * args.rows_per_step].reshape(steps, -1):

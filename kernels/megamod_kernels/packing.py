@@ -250,8 +250,8 @@ class _Rope(torch.autograd.Function):
         ctx.inverse = inverse
         q_out, k_out = (q, k) if inplace else (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
         _rope(q, k, q_out, k_out, cos, sin, inverse)
-        if inplace and not (q._is_view() or k._is_view()):
-            ctx.mark_dirty(q, k)
+        if inplace:
+            ctx.mark_dirty(*(x for x in (q, k) if not x._is_view()))
         # Of views torch lets a Function mark one as dirty, not two, and none that a split made; it would also copy the whole fused
         # tensor's gradient. Unmarked, each is returned as an alias with a history of its own. Its version is not raised either:
         # torch would then refuse the split's third part, v, whose numbers are untouched.
@@ -317,7 +317,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = True
         q and k, turned, in their dtypes. Gradients are new tensors, never written over one that autograd gave.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit; in place, a last axis that is not contiguous, or memory that is shared.
+        ValueError: shapes or dtypes that do not fit; in place, a last axis that is not contiguous, or an expanded tensor.
         RuntimeError: in place, a leaf that requires a gradient, or a view of one, as from torch's own operations; nothing is written.
     """
     _check_rope(q, k, cos, sin)

@@ -19,6 +19,7 @@ Indices = npt.NDArray[np.int64]
 # Rows that look alike, by their numbers: first, first + step, …, `count` of them, each with `held` documents. The first is the next
 # to be filled. Tuples, since packing is little else than making and unmaking them.
 _Run = tuple[int, int, int, int]  # (first, step, count, held)
+_Placement = tuple[int, int, int, int, int]  # a run before documents came, and how many came to each of its rows
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: arrays have no single truth value
@@ -89,7 +90,7 @@ def pack(lengths: Sequence[int] | Integers, capacity: int) -> Rows:
     histogram = np.bincount(tokens)  # no longer than a row, which will lie in memory too
     different = np.flatnonzero(histogram)[::-1]  # [D] lengths, falling
     placements, filled = _place(different.tolist(), histogram[different].tolist(), capacity)
-    first, step, count, held, copies = np.array(placements, np.int64).reshape(-1, 5).T  # [P]
+    first, step, count, held, copies = np.array(placements, np.int64).T  # [P]
     lowest, rows, holds = np.array([(min(f, f + s * (n - 1)), n, h) for f, s, n, h in filled], np.int64).T
     by_number = np.argsort(lowest)
     starts = np.concatenate([[0], np.cumsum(np.repeat(holds[by_number], rows[by_number]))])  # [R + 1]
@@ -129,7 +130,7 @@ def _longest_first(lengths: Indices) -> Indices:
     return order
 
 
-def _place(lengths: Sequence[int], counts: Sequence[int], capacity: int) -> tuple[list[int], list[_Run]]:
+def _place(lengths: Sequence[int], counts: Sequence[int], capacity: int) -> tuple[list[_Placement], list[_Run]]:
     """Best fit decreasing of a histogram.
 
     Args:
@@ -137,12 +138,11 @@ def _place(lengths: Sequence[int], counts: Sequence[int], capacity: int) -> tupl
         counts: [D] documents of each.
 
     Returns:
-        The placements in the order in which documents are taken, five integers each, flat: first, step, count and held of a run of
-        rows, and how many copies each of these rows gets. And the runs of all rows as they are at the end.
+        The placements in the order in which documents are taken, and the runs of all rows as they are at the end.
     """
     runs: dict[int, list[_Run]] = {}  # room → the rows that have it left, a stack of runs; full rows are in none
     rooms: list[int] = []  # the keys of `runs`, ascending
-    placements: list[int] = []
+    placements: list[_Placement] = []
     full: list[_Run] = []
     opened = 0
     for length, count in zip(lengths, counts, strict=True):
@@ -163,13 +163,13 @@ def _place(lengths: Sequence[int], counts: Sequence[int], capacity: int) -> tupl
                 first, step, rows, held = stack.pop()
                 whole = min(rows, count // copies)
                 if whole:
-                    placements += (first, step, whole, held, copies)
+                    placements.append((first, step, whole, held, copies))
                     # The row that was filled last is the next to be filled: the run turns round.
                     moved.append((room - copies * length, (first + step * (whole - 1), -step, whole, held + copies)))
                     count -= whole * copies
                 if whole < rows:  # the last documents of this length, fewer than fill a row up
                     if count:
-                        placements += (first + step * whole, step, 1, held, count)
+                        placements.append((first + step * whole, step, 1, held, count))
                         moved.append((room - count * length, (first + step * whole, step, 1, held + count)))
                         whole += 1
                         count = 0

@@ -82,6 +82,7 @@ class SelfAttentionSubmodules:
 class SelfAttention(MegatronModule):
     """megatron-core's SelfAttention slot with rows in Hugging Face's order: `[q | k | v]` of this rank's heads.
 
+    RoPE turns q and k in the memory of `linear_qkv`'s output where nobody else reads it; a hook that keeps that output must copy it.
     With tp > K each rank keeps one kv head, tp / K ranks the same one, and their gradients are summed; megatron-core's own
     gathers the whole qkv instead.
 

@@ -80,27 +80,26 @@ def attention(name: str, device: torch.device, dtype: torch.dtype, deterministic
     The fused ones run on a GPU, in bfloat16; elsewhere there is the reference.
 
     Raises:
-        MegamodError: the one asked for cannot run here.
+        MegamodError: the one asked for cannot run here, or not deterministically.
     """
-    if name == "reference":
-        return name, attend_reference
     fused = device.type == "cuda" and dtype is torch.bfloat16
+    if name == "reference" or (name == "auto" and not fused):
+        return "reference", attend_reference
     if name == "auto":
-        if not fused:
-            return "reference", attend_reference
-        for first in ("flash_attn_3", "flash_attn"):
+        for first in FUSED:
             with suppress(MegamodError):
-                return first, FUSED[first](deterministic)
-        return "varlen_attn", _varlen_attn(deterministic)
+                return first, FUSED[first](device, deterministic)
     if not fused:
         here = f"{device.type} in {str(dtype).removeprefix('torch.')}"
         raise MegamodError(f"model.attention = {name!r} needs a GPU and bfloat16, this is {here}: use 'auto' or 'reference'")
-    return name, FUSED[name](deterministic)
+    return name, FUSED[name](device, deterministic)
 
 
-def _flash_attn_3(deterministic: bool) -> Attend:
+def _flash_attn_3(device: torch.device, deterministic: bool) -> Attend:
     """FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), a package of its own, for Hopper."""
-    if torch.cuda.get_device_capability()[0] != 9:
+    if deterministic:  # builds are about that take the argument and do not heed it: Dao-AILab/flash-attention issue 1766
+        raise MegamodError("model.attention = 'flash_attn_3' is not deterministic: use 'auto', or deterministic=false")
+    if torch.cuda.get_device_capability(device)[0] != 9:
         raise MegamodError("model.attention = 'flash_attn_3' needs a Hopper GPU: use 'auto'")
     try:
         from flash_attn_interface import flash_attn_varlen_func
@@ -109,7 +108,7 @@ def _flash_attn_3(deterministic: bool) -> Attend:
     return _flash(flash_attn_varlen_func, deterministic)
 
 
-def _flash_attn(deterministic: bool) -> Attend:
+def _flash_attn(device: torch.device, deterministic: bool) -> Attend:
     """FlashAttention-2 (Dao 2023, arXiv:2307.08691)."""
     try:
         from flash_attn import flash_attn_varlen_func
@@ -132,8 +131,8 @@ def _flash(flash_attn_varlen_func: Callable[..., Any], deterministic: bool) -> A
     return attend
 
 
-def _varlen_attn(deterministic: bool) -> Attend:
-    """torch's own; its backward follows torch.use_deterministic_algorithms, which a deterministic run sets."""
+def _varlen_attn(device: torch.device, deterministic: bool) -> Attend:
+    """torch's own. Its backward asks torch.use_deterministic_algorithms, which a deterministic run has set, and not `deterministic`."""
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(q: Tensor, k: Tensor, v: Tensor, d: Documents) -> Tensor:
@@ -148,7 +147,12 @@ def _varlen_attn(deterministic: bool) -> Attend:
     return attend
 
 
-FUSED = {"flash_attn_3": _flash_attn_3, "flash_attn": _flash_attn, "varlen_attn": _varlen_attn}
+# In `auto`'s order; the last is part of torch.
+FUSED: dict[str, Callable[[torch.device, bool], Attend]] = {
+    "flash_attn_3": _flash_attn_3,
+    "flash_attn": _flash_attn,
+    "varlen_attn": _varlen_attn,
+}
 
 
 def linears(name: str, device: torch.device) -> tuple[type, type]:

@@ -250,7 +250,9 @@ def _rope_entries(config: Json) -> tuple[str, float, dict[str, Any]]:
 def _rope_of(config: Json, head_dim: int) -> Rope:
     kind, theta, entries = _rope_entries(config)
     section, interleaved = entries.pop("mrope_section", None), _get(entries, "mrope_interleaved", bool, False)
-    entries.pop("mrope_interleaved", None)
+    given = entries.pop("mrope_interleaved", None) is not None
+    if section is None and (given or _says_mrope(config)):
+        raise ConfigJsonError("rope_parameters: mrope without mrope_section: which frequencies read height and width is not said")
     if section is not None:
         numbers = isinstance(section, list | tuple) and len(section) == 3 and all(type(n) is int and n > 0 for n in section)
         if not numbers or sum(section) != head_dim // 2:
@@ -275,13 +277,19 @@ def _rope_of(config: Json, head_dim: int) -> Rope:
     return Rope(theta=theta, kind=kind, mrope_section=section, mrope_interleaved=interleaved, **values)
 
 
+def _says_mrope(config: Json) -> bool:
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return "mrope" in (given.get("rope_type"), given.get("type"))
+
+
 def both_spellings(config: Json, dtype: str) -> dict[str, Any]:
     """`config` with what transformers 4 and 5 (and clients that read either) call the same thing: RoPE and the dtype.
 
     Top-level `rope_theta` and `rope_scaling` beside `rope_parameters`; `torch_dtype` beside `dtype`.
     """
     kind, theta, entries = _rope_entries(config)
-    scaling = {"rope_type": kind, "type": kind, **entries} if kind != "default" else None
+    old = "mrope" if kind == "default" and entries else kind  # transformers 4's word; nothing else goes with the default
+    scaling = {"rope_type": kind, "type": old, **entries} if kind != "default" or entries else None
     return {
         **config,
         "architectures": [FAMILIES[config["model_type"]].architecture],

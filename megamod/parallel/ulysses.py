@@ -9,7 +9,7 @@ together; the r ranks that hold the same heads of other stretches gather their k
 arXiv:2407.21783 §3.3.2), which grouped queries make small. A query then has all keys before it.
 
 Sent by a rank in one layer's forward pass, and as much again in its backward pass, with t = T/cp tokens, H/tp query heads,
-K' kv heads (K/tp, or 1, repeated up to u where there are fewer) and e bytes a number:
+K' kv heads (a rank's K/tp, or 1, repeated until u divides them: their least common multiple) and e bytes a number:
 
     (u - 1)/u · t · D · e · (2·H/tp + 2·K')            q and the output, k and v, to the other u - 1
     (r - 1) · t · D · e · 2·K'                         keys and values of u·t tokens and K'/u heads, to the other r - 1
@@ -45,16 +45,13 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _exchange(tensors: Sequence[Tensor], cut: int, join: int, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    arriving, works = [], []
-    for x in tensors:
-        # Ranks first, [cp, t, H/cp, D]: cut along the sequence, or joined along it, that is a view, so each way copies once.
-        send = x.unflatten(cut, (group.size(), -1)).movedim(cut, 0).contiguous()
-        receive = torch.empty_like(send)
-        works.append((dist.all_to_all_single(receive, send, group=group, async_op=True), send))  # `send` lives until it has left
-        arriving.append(receive)
-    for work, _ in works:
+    # Ranks first, [cp, t, H/cp, D]: cut along the sequence, or joined along it, that is a view, so each way copies once.
+    leaving = [x.unflatten(cut, (group.size(), -1)).movedim(cut, 0).contiguous() for x in tensors]
+    arriving = [torch.empty_like(x) for x in leaving]
+    works = [dist.all_to_all_single(y, x, group=group, async_op=True) for y, x in zip(arriving, leaving, strict=True)]
+    for work in works:
         work.wait()
-    return tuple(receive.movedim(0, join).flatten(join, join + 1) for receive in arriving)
+    return tuple(y.movedim(0, join).flatten(join, join + 1) for y in arriving)
 
 
 def seq_to_heads(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
