@@ -41,6 +41,8 @@ SMALL = {
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 4096, "max_position_embeddings": 1 << 20,
 }  # fmt: skip
 EVERY = 0.005  # seconds between two looks at the memory
+# glibc gives freed memory back at once, so that what is seen is what is held, and not what was.
+PROMPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def launched(cp: int, args: argparse.Namespace) -> list[Measured]:
     """`measure` in a torchrun of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cp), __file__, "--as-rank"]
     command += ["--tokens", str(args.tokens), "--recompute", args.recompute] + (["--shape", args.shape] if args.shape else [])
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1", **os.environ, **PROMPT})
     if done.returncode:
         raise MegamodError(f"cp {cp}: a rank ended with status {done.returncode}: what it said stands above")
     return [Measured(**one) for one in json.loads(done.stdout.splitlines()[-1])]
