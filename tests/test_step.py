@@ -170,7 +170,7 @@ def isolation(grid: P) -> list[tuple[float, float]]:
         return result
 
 
-@pytest.mark.parametrize("grid", [P(), P(tp=2, sp=True, cp=2), P(cp=8)], ids=str)
+@pytest.mark.parametrize("grid", [P(), P(cp=2), P(cp=4), P(tp=2, sp=True, cp=2), P(cp=8)], ids=str)
 def test_documents_are_isolated(grid: P) -> None:
     """Changing the tokens of one document changes nothing in the others of its row, to the last bit."""
     for answer in distributed.run(distributed.WORLD, isolation, grid):
