@@ -111,6 +111,14 @@ def held(row: Row, tp: int, rank: int) -> int:
     return sum(sizes)
 
 
+def test_beyond_the_heads() -> None:
+    """cp 16 where tp 8 leaves a rank 8 heads: the groups that gather keys and values are rehearsed too."""
+    config = str(ROOT / "configs" / "moderation_72b_long.py")
+    done = python(TOOL, config, "parallel.cp=16", "--world", "512", "--ranks", "300")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pp 2 · dp 0 · cp 5 · tp 4" in done.stdout
+
+
 def test_every_config_has_a_rehearsal() -> None:
     assert sorted(REHEARSALS) == CONFIGS
 
