@@ -25,13 +25,12 @@ from rich.table import Table
 
 from megamod import losses
 from megamod.command import command
-from megamod.config import ModelConfig, OptimConfig, ParallelConfig
+from megamod.config import ModelConfig, ParallelConfig
 from megamod.data.documents import IGNORED, Document
 from megamod.data.packing import micro_batch
 from megamod.errors import MegamodError
 from megamod.model.build import build, data_parallel
 from megamod.model.shape import Shape, read_shape, shape_of
-from megamod.optim import Optimizer
 from megamod.parallel import grid as grids
 from megamod.step import train_step
 from megamod.weights.load import Random, load
@@ -117,9 +116,8 @@ def measure(shape: Shape, tokens: int, recompute: str) -> list[Measured]:
     dtype = "bfloat16" if grid.device.type == "cuda" else "float32"
     cfg = ModelConfig(path="", dtype=dtype, recompute=recompute)  # type: ignore[arg-type]
     chunks, _ = build(cfg, shape, grid)
-    items = load(chunks, shape, grid, Random(shape, 1), where="random weights")
+    load(chunks, shape, grid, Random(shape, 1), where="random weights")
     wrapped = data_parallel(chunks, grid)
-    Optimizer(OptimConfig(), wrapped, items, grid)
     batch = micro_batch([documents(tokens, shape.vocab)], tokens)
     short = micro_batch([documents(64 * world, shape.vocab)], 64 * world)
     train_step(wrapped, [short], losses.cross_entropy, grid)
@@ -157,7 +155,7 @@ def main() -> None:
         raise MegamodError(f"--tokens {args.tokens}: this model attends to {shape.longest_document} tokens: use at most four times that")
     if args.as_rank:
         found = measure(shape, args.tokens, args.recompute)
-        if found and os.environ["RANK"] == "0":
+        if os.environ["RANK"] == "0":
             print(json.dumps([asdict(one) for one in found]))
         return
     sizes = [int(n) if n.isdecimal() else 0 for n in args.cp.split(",")]

@@ -10,7 +10,6 @@ document is not isolated. The weights are those that the run begins with; nothin
 
 import argparse
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,17 +69,15 @@ def findings(cfg: RunConfig, step: int, limit: int) -> tuple[list[Finding], str]
     chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     together(lambda: load(chunks, shape, grid, weights_of(cfg, shape), where=cfg.model.path))
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()
-    documents = range(min(limit, batch.sequences))
+    before = answer(chunks, batch, grid)
     found = []
-    for number in tqdm(documents, unit=" documents", delay=3, disable=not grid.reports):
+    for number in tqdm(range(min(limit, batch.sequences)), unit=" documents", delay=3, disable=not grid.reports):
         last, first = ends[number], ends[number] - batch.lengths[number]
+        own = slice(first, last)
         tokens = batch.tokens.clone()
         tokens[first] = (tokens[first] + 1) % shape.vocab  # every position of a document attends to its first
-        changed = replace(batch, tokens=tokens)  # the questions stay
-        own, rest = slice(first, last), len(batch.tokens) - batch.lengths[number]
-        alone = everywhere(_alone(batch, own, rest), shape.vocab)
-        alone = replace(alone, labels=torch.cat((batch.labels[own], alone.labels[len(batch.labels[own]) :])))
-        before, after, single = answers(chunks, [batch, changed, alone], grid)
+        after = answer(chunks, replace(batch, tokens=tokens), grid)  # the questions stay
+        single = answer(chunks, alone(batch, own), grid)
         if grid.reports:
             touched = before != after
             touched[own] = False
@@ -96,19 +93,24 @@ def findings(cfg: RunConfig, step: int, limit: int) -> tuple[list[Finding], str]
     return found, about
 
 
-def _alone(batch: Batch, own: slice, rest: int) -> Batch:
-    """One document of the row at its beginning, and filler."""
-    length = own.stop - own.start
-    tokens = torch.cat((batch.tokens[own], batch.tokens.new_zeros(rest)))
-    positions = torch.cat((torch.arange(length), torch.arange(rest)))
-    return replace(batch, tokens=tokens, positions=positions, lengths=(length, rest) if rest else (length,))
+def alone(batch: Batch, own: slice) -> Batch:
+    """A row of the same length with one of the documents at its beginning, its questions kept, and filler after it."""
+    length, rest = own.stop - own.start, len(batch.tokens) - (own.stop - own.start)
+    filler = batch.tokens.new_zeros(rest)
+    return replace(
+        batch,
+        tokens=torch.cat((batch.tokens[own], filler)),
+        labels=torch.cat((batch.labels[own], filler)),
+        positions=torch.cat((torch.arange(length), torch.arange(rest))),
+        lengths=(length, rest) if rest else (length,),
+    )
 
 
-def answers(chunks: list[Decoder], batches: Iterable[Batch], grid: Grid) -> list[Tensor]:
-    """`values` at each position of each batch, on the last stage; each goes through the schedule alone, so that all are computed alike."""
+def answer(chunks: list[Decoder], batch: Batch, grid: Grid) -> Tensor:
+    """`values` at each position, on the last stage. A batch goes through the schedule alone, so that all are computed alike."""
     times = grid.pp.size if grid.vpp > 1 else 1  # interleaved stages take micro-batches by the group
-    found = [collect(chunks, [batch] * times, values, grid) for batch in batches]
-    return [(answer or [torch.zeros(0)])[0] for answer in found]
+    found = collect(chunks, [batch] * times, values, grid)
+    return found[0] if found else torch.zeros(0)
 
 
 @command

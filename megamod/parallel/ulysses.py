@@ -17,7 +17,7 @@ K' kv heads (a rank's K/tp, or 1, repeated until u divides them: their least com
 Recomputed attention (`model.recompute`) exchanges a second time in the backward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,15 @@ from torch import Tensor
 SEQUENCE, HEADS = 0, 1  # the axes of [T, H, D]
 
 
+def _in_flight(op: Callable[..., Any], outputs: Sequence[Tensor], inputs: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """`op` for each pair of tensors: all are on their way before any is awaited."""
+    works = [op(y, x, group=group, async_op=True) for y, x in zip(outputs, inputs, strict=True)]
+    for work in works:
+        work.wait()
+
+
 class _AllToAll(torch.autograd.Function):
-    """Send rank r its slice of each tensor along `cut`, join what arrives along `join`: all are on their way before any is awaited.
+    """Send rank r its slice of each tensor along `cut`, join what arrives along `join`.
 
     With the axes swapped it is its inverse and its own gradient: a number moves, and nothing is computed.
     """
@@ -36,22 +43,16 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cut: int, join: int, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.args = cut, join, group
-        return _exchange(tensors, cut, join, group)
+        # Ranks first, [cp, t, H/cp, D]: cut along the sequence, or joined along it, that is a view, so each way copies once.
+        leaving = [x.unflatten(cut, (group.size(), -1)).movedim(cut, 0).contiguous() for x in tensors]
+        arriving = [torch.empty_like(x) for x in leaving]
+        _in_flight(dist.all_to_all_single, arriving, leaving, group)
+        return tuple(y.movedim(0, join).flatten(join, join + 1) for y in arriving)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cut, join, group = ctx.args
         return None, None, None, *_AllToAll.apply(join, cut, group, *grads)
-
-
-def _exchange(tensors: Sequence[Tensor], cut: int, join: int, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    # Ranks first, [cp, t, H/cp, D]: cut along the sequence, or joined along it, that is a view, so each way copies once.
-    leaving = [x.unflatten(cut, (group.size(), -1)).movedim(cut, 0).contiguous() for x in tensors]
-    arriving = [torch.empty_like(x) for x in leaving]
-    works = [dist.all_to_all_single(y, x, group=group, async_op=True) for y, x in zip(arriving, leaving, strict=True)]
-    for work in works:
-        work.wait()
-    return tuple(y.movedim(0, join).flatten(join, join + 1) for y in arriving)
 
 
 def seq_to_heads(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -72,18 +73,14 @@ class _Gather(torch.autograd.Function):
         ctx.group = group
         sent = [x.contiguous() for x in tensors]
         wholes = tuple(x.new_empty(group.size() * len(x), *x.shape[1:]) for x in sent)
-        works = [dist.all_gather_into_tensor(y, x, group=group, async_op=True) for y, x in zip(wholes, sent, strict=True)]
-        for work in works:
-            work.wait()
+        _in_flight(dist.all_gather_into_tensor, wholes, sent, group)
         return wholes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sent = [grad.contiguous() for grad in grads]
         parts = tuple(grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:]) for grad in sent)
-        works = [dist.reduce_scatter_tensor(y, x, group=ctx.group, async_op=True) for y, x in zip(parts, sent, strict=True)]
-        for work in works:
-            work.wait()
+        _in_flight(dist.reduce_scatter_tensor, parts, sent, ctx.group)
         return None, *parts
 
 
