@@ -1,11 +1,13 @@
-"""Time the kernels beside their plain torch references and torch.compile's of these, in one run on one GPU.
+"""Time the kernels beside what else does their work, in one run on one GPU.
 
-python kernels/bench.py packing                 a table, and as the last line one JSON object
-python kernels/bench.py packing --device cpu    a rehearsal of this program: tiny shapes, the references only, no kernel
+python kernels/bench.py packing                 beside the plain torch references and torch.compile's of these
+python kernels/bench.py lora                    beside peft's operations, and beside the frozen linear without adapters
+python kernels/bench.py lora --device cpu       a rehearsal of this program: tiny shapes, the references only, no kernel
 
-Before a case is timed its results are compared with the reference's. The candidates then take turns, so that clocks and heat are the
-same for all; between two runs the GPU's cache is overwritten. Times are medians of CUDA events. `% of copy` is against what a large
-`copy_` reached in the same run: these kernels only move memory, and a copy is as fast as memory moves.
+It prints a table, and as the last line one JSON object. Before a case is timed its results are compared with the reference's. The
+candidates then take turns, so that clocks and heat are the same for all; between two runs the GPU's cache is overwritten. Times are
+medians of CUDA events. `% of copy` is against what a large `copy_` reached in the same run, as fast as memory moves; bytes are those
+that must be read and written, whoever moves more.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -22,15 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps a script's folder off the path
 
-from megamod_kernels import cases, packing
+from megamod_kernels import cases, lora, packing
+from megamod_kernels.lora import Dropout, Part
 
 WARM_UP, ROUNDS = 10, 50
 COPY_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20  # more than any GPU's L2
+WIDTH = 64  # of a case's name in the table
 TOLERANCE = 2**-6  # of the largest number: two roundings of bf16 apart
 
 
@@ -46,6 +51,8 @@ class Task:
     run: Callable[[Op], Tensor | Sequence[Tensor]]
     kernel: Op
     reference: Op  # it leaves its inputs as they are, and runs first
+    others: Mapping[str, Op] | None = None  # the two that are timed beside the kernel, if not the reference and that one compiled
+    operations: int = 0  # multiplications and additions
 
 
 def packing_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
@@ -84,7 +91,64 @@ def forward_and_backward(*args: Tensor) -> Callable[[Op], Sequence[Tensor]]:
     return run
 
 
-KERNELS: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Task]]] = {"packing": packing_tasks}
+def lora_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
+    for case in (case for case in cases.LORA if case.bench == bench and case.stacked and case.tokens):
+
+        def random(*size: int, scale: float) -> Tensor:
+            return torch.randn(*size, device=device, dtype=dtype) * scale
+
+        x = random(case.tokens, case.channels, scale=1)
+        weight = random(case.features, case.channels, scale=case.channels**-0.5)
+        bias = random(case.features, scale=1) if case.label.startswith("qkv") else None
+        parts = [
+            Part(random(rank, case.channels, scale=case.channels**-0.5), random(features, rank, scale=rank**-0.5), row, scale)
+            for row, features, rank, scale in case.parts
+        ]
+        for leaf in leaves_of(x, parts):
+            leaf.requires_grad_()
+        dy = random(case.tokens, case.features, scale=1)
+        numbers = case.channels * (case.tokens + case.features) + case.tokens * case.features  # x, W, y; or dx, W, dy; x again for dA
+        for p in (0.0, 0.05):
+            run = partial(adapted, x, weight, bias, parts, Dropout(p, seed=1) if p else None)
+            name = f"{case.name} dropout {p}" if p else case.name
+            ops = lora.lora_linear, lora.lora_linear_ref, {"peft": as_peft, "frozen": frozen}
+            yield Task(name, numbers * dtype.itemsize, partial(run, None), *ops, operations=case.frozen + case.adapters)
+            moved, operations = (2 * numbers + x.numel()) * dtype.itemsize, 2 * case.frozen + 3 * case.adapters
+            yield Task(f"{name} and backward", moved, partial(run, dy), *ops, operations=operations)
+
+
+def leaves_of(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    return [x, *(t for part in parts for t in (part.a, part.b))]
+
+
+def adapted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], dropout: Dropout | None, dy: Tensor | None, op: Op
+) -> Sequence[Tensor]:
+    """y of a linear with adapters, in one tensor or several side by side; and with dy its gradients."""
+    y = op(x, weight, bias, parts, dropout)
+    ys = [y] if isinstance(y, Tensor) else y
+    if dy is None:
+        return [y.detach() for y in ys]
+    grads = torch.autograd.grad(ys, leaves_of(x, parts), dy.split([y.shape[1] for y in ys], 1), allow_unused=True)
+    return [*(y.detach() for y in ys), *(g for g in grads if g is not None)]
+
+
+def as_peft(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], dropout: Dropout | None) -> list[Tensor]:
+    """peft's operations; with it a model's q, k and v, its gate and up, are linears of their own. The mask is torch's."""
+    ys = []
+    for a, b, row, scale in parts:
+        rows = slice(row, row + len(b))
+        result = F.linear(x, weight[rows], None if bias is None else bias[rows])
+        dropped = x if dropout is None else F.dropout(x, dropout.p)
+        ys.append(result + F.linear(F.linear(dropped, a), b) * scale)
+    return ys
+
+
+def frozen(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], dropout: Dropout | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+KERNELS: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Task]]] = {"packing": packing_tasks, "lora": lora_tasks}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,36 +176,44 @@ def on_gpu(kernel: str, device: torch.device) -> dict[str, Any]:
     (copy,) = turns([partial(target.copy_, source)], scratch)
     rate = 2 * COPY_BYTES / copy / 1e6
     print(f"{torch.cuda.get_device_name(device)} · a copy moves {rate:,.0f} GB/s · bf16, medians of {ROUNDS}, milliseconds")
-    print(f"{'':<46}{'kernel':>9}{'torch':>9}{'compiled':>9}{'GB/s':>8}{'% of copy':>11}{'× torch':>9}{'× compiled':>12}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for task in KERNELS[kernel](device, torch.bfloat16, True):
         torch.compiler.reset()  # a case's own compilation, not one made for all shapes
-        ops = {"kernel": task.kernel, "reference": task.reference, "compiled": torch.compile(task.reference, dynamic=False)}
+        others = task.others or {"reference": task.reference, "compiled": torch.compile(task.reference, dynamic=False)}
+        ops = {"kernel": task.kernel, **others}
+        if not rows:
+            titles = "".join(f"{name:>11}" for name in ops), "".join(f"{'× ' + name:>13}" for name in others)
+            print(f"{'':<{WIDTH}}{titles[0]}{'GB/s':>8}{'% of copy':>11}{titles[1]}{'TFLOP/s':>9}")
         error = apart(task.run(task.reference), task.run(task.kernel))
         ms = dict(zip(ops, turns([partial(task.run, op) for op in ops.values()], scratch), strict=True))
-        ours, gb_s = ms["kernel"], task.moved / ms["kernel"] / 1e6
-        row = {"name": task.name, "bytes": task.moved, "ms": ms, "gb_s": gb_s, "of_copy": gb_s / rate, **verdict(error)}
-        times = "".join(f"{t:>9.3f}" for t in ms.values())
-        ratios = f"{ms['reference'] / ours:>9.2f}{ms['compiled'] / ours:>12.2f}"
-        print(f"{task.name:<46}{times}{gb_s:>8,.0f}{gb_s / rate:>11.0%}{ratios}" + ("" if row["agrees"] else f"  WRONG by {error:.2g}"))
+        ours = ms["kernel"]
+        gb_s, tflop_s = task.moved / ours / 1e6, task.operations / ours / 1e9
+        row = {"name": task.name, "bytes": task.moved, "ms": ms, "gb_s": gb_s, "of_copy": gb_s / rate, "tflop_s": tflop_s, **verdict(error)}
+        times = "".join(f"{t:>11.3f}" for t in ms.values())
+        ratios = "".join(f"{ms[name] / ours:>13.2f}" for name in others)
+        products = f"{tflop_s:>9,.0f}" if task.operations else ""  # what only moves memory has none
+        wrong = "" if row["agrees"] else f"  WRONG by {error:.2g}"
+        print(f"{task.name:<{WIDTH}}{times}{gb_s:>8,.0f}{gb_s / rate:>11.0%}{ratios}{products}{wrong}")
         rows.append(row)
-    return {"mode": "kernel, reference and compiled reference", "dtype": "bfloat16", "copy_gb_s": rate, "rounds": ROUNDS, "cases": rows}
+    return {"mode": "kernel and others, side by side", "dtype": "bfloat16", "copy_gb_s": rate, "rounds": ROUNDS, "cases": rows}
 
 
 def on_cpu(kernel: str, device: torch.device) -> dict[str, Any]:
     """The same tasks, tiny, with the reference alone: shows that this program works, and nothing about a kernel."""
     print("REHEARSAL on the CPU: tiny shapes, timings of the plain torch references, of no kernel")
-    print(f"{'':<46}{'torch ms':>10}")
+    print(f"{'':<{WIDTH}}{'torch ms':>10}")
     rows = []
     for task in KERNELS[kernel](device, torch.float32, False):
-        error = apart(task.run(task.reference), task.run(task.kernel))  # the public function, which takes the reference here
+        error = apart(task.run(task.reference), task.run(task.kernel))  # the public function, which takes no kernel here
+        for other in (task.others or {}).values():
+            task.run(other)  # that it can
         times = []
         for _ in range(3):
             start = time.perf_counter()
             task.run(task.reference)
             times.append((time.perf_counter() - start) * 1e3)
         ms = statistics.median(times)
-        print(f"{task.name:<46}{ms:>10.3f}")
+        print(f"{task.name:<{WIDTH}}{ms:>10.3f}")
         rows.append({"name": task.name, "bytes": task.moved, "ms": {"reference": ms}, **verdict(error)})
     return {"mode": "rehearsal: reference timings on the CPU, of no kernel", "dtype": "float32", "cases": rows}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under ten minutes on one: kernels against their references and their speed, tests marked
+# Everything that only a GPU can show, on one of them: kernels against their references and their speed, tests marked
 # gpu, a real training step with tokens/s, MFU and memory, and the main job. Uses .venv if there is one, else the python on PATH, with
 # what setup.py names and pytest. All parts run, whatever the first says; the exit status is the last bad one. The report also goes to
 # runs/gpu_check/report.txt.
@@ -11,7 +11,7 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
     echo "megamod: error: no GPU that torch can use" >&2
     exit 1
 fi
-rm -rf runs/gpu_check
+rm -rf runs/gpu_check runs/gpu_check_lora
 mkdir -p runs/gpu_check
 check() {
     local status=0
@@ -20,8 +20,14 @@ check() {
     python -c 'import torch, megatron.core; print("torch", torch.__version__, "· megatron-core", megatron.core.__version__)'
     python -m pytest -m gpu tests/test_kernel_*.py tests/test_gpu.py || status=$?
     python kernels/bench.py packing || status=$?
+    python kernels/bench.py lora || status=$?
     python tools/bench_context.py --shape configs/models/smollm2-135m --cp 1 || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
+    python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check_lora.py || status=$?
+    python -c 'import json, sys
+paths = json.load(open("runs/gpu_check_lora/run.json"))["adapters"]
+slow = [name for name, path in paths.items() if path != "triton"]
+sys.exit(f"megamod: error: not by the fused kernel: {slow}" if slow or not paths else 0)' || status=$?
     MEGAMOD_NO_INSTALL=1 NPROC=1 bash launch/quickstart.sh || status=$?
     return "$status"
 }

@@ -5,15 +5,24 @@
 #
 #   bash launch/quickstart.sh                      # all of it; arguments are overrides, such as steps=100
 #   bash launch/quickstart.sh --real               # begin from real weights, SmolLM2-135M-Instruct, instead of random ones
+#   bash launch/quickstart.sh --lora               # train an adapter beside the frozen weights; it is judged on them, and merged
 #   DATA=rows.jsonl bash launch/quickstart.sh      # your own labelled rows instead of the generated ones
 #   SEED=2 bash launch/quickstart.sh               # other rows, other weights, another order
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 real=
-if [ "${1:-}" = --real ]; then
-    real=1
+lora=
+while [[ "${1:-}" == --* ]]; do
+    case $1 in
+        --real) real=1 ;;
+        --lora) lora=1 ;;
+        *)
+            echo "megamod: error: $1: --real, --lora or overrides such as steps=100 were expected" >&2
+            exit 1
+            ;;
+    esac
     shift
-fi
+done
 for argument in "$@"; do
     case $argument in
         dir=* | model.path=* | data.train=* | eval.data=* | seed=* | checkpoint.export=*)
@@ -33,7 +42,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 export NPROC
-run=runs/quickstart${real:+_real}
+run=runs/quickstart${real:+_real}${lora:+_lora}
 new=$run.new # the rows may come from an earlier quickstart's folder
 rm -rf "$new"
 trap 'rm -rf "$new"' EXIT
@@ -63,12 +72,27 @@ else
     judging=(--decode 100)
 fi
 
+if [ -n "$lora" ] && [ -n "$real" ]; then
+    set -- "$@" lora.r=16 lora.lora_alpha=32 optim.lr=1e-3
+elif [ -n "$lora" ]; then # random weights know no words: the adapter has an embedding of its own, and ranks almost as large as they
+    set -- "$@" lora.r=64 lora.lora_alpha=64 "lora.modules_to_save=('embed_tokens',)"
+fi
+
 say "training on $NPROC ranks"
 bash launch/node.sh "$@" "dir=$run" "model.path=$model" "data.train=$run/data/train.jsonl" "seed=$seed"
-exported=$(ls -d "$run"/hf/step-*)
+if [ -n "$lora" ]; then
+    adapter=$(ls -d "$run"/peft/step-*)
+    exported=$run/hf/$(basename "$adapter")
+    say "merging the adapter"
+    python tools/adapter.py merge "$adapter" "$exported"
+    judged=("$model" --adapter "$adapter")
+else
+    exported=$(ls -d "$run"/hf/step-*)
+    judged=("$exported")
+fi
 
 say "judging the held-out conversations"
-torchrun --standalone --nproc-per-node "$NPROC" tools/judge.py --model "$exported" "$run/data/held_out.jsonl" "$run/verdicts.jsonl" "${judging[@]}"
+torchrun --standalone --nproc-per-node "$NPROC" tools/judge.py --model "${judged[@]}" "$run/data/held_out.jsonl" "$run/verdicts.jsonl" "${judging[@]}"
 python tools/evaluate.py "$run/verdicts.jsonl" "$run/report" --train "$run/data/train.jsonl" --test "$run/data/held_out.jsonl" --name megamod
 python tools/plot_run.py "$run" "$run/report/curves.png"
 
@@ -85,4 +109,5 @@ printf '%-22s %s\n' \
     "loss, validation" "$run/metrics.jsonl, $run/report/curves.png, $run/tensorboard" \
     "verdicts" "$run/verdicts.jsonl" \
     "numbers, plots" "$run/report/metrics.json, $run/report/report.png" \
-    "Hugging Face directory" "$exported"
+    "Hugging Face directory" "$exported" \
+    ${lora:+"PEFT directory" "$adapter"}

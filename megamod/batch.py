@@ -45,6 +45,7 @@ class Batch:
     sequence: Tensor  # [N] int64: which document it belongs to
     totals: Mapping[Unit, Tensor] = field(default_factory=dict)  # unit → its count in the whole step; none: this batch is the step
     cp: dist.ProcessGroup | None = None  # the ranks that share the row
+    seed: int = 0  # of what is drawn at random for this micro-batch: the same on every grid
 
     @property
     def sequences(self) -> int:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,12 +27,13 @@ from torch import Tensor
 from megamod import files
 from megamod.errors import MegamodError, listed
 from megamod.optim import KINDS, Optimizer
-from megamod.parallel.collectives import together
+from megamod.parallel.collectives import gathered, together
 from megamod.parallel.grid import Grid
 from megamod.weights.table import Box, boxes, overlap
 
 FORMAT = 1
 TRACKER = "latest"
+FILE = "rank-{:05d}.safetensors"
 Entry = tuple[str, list[int], dict[str, Any]]  # of the manifest: a tensor, its shape, and one stored piece of it
 
 
@@ -47,17 +47,40 @@ def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, abo
         directory: the run's checkpoints; shared by all ranks.
         about: JSON that `resume` hands back: what the caller needs to go on.
     """
-    root = Path(directory)
-    usual = f"step-{step:08d}"
-    final, draft = root / (usual if _tracked(root) != usual else f"{usual}-again"), root / f".{usual}.tmp"
-    file = f"rank-{grid.rank:05d}.safetensors"
+    final, draft = _names(Path(directory), step)
+    file = FILE.format(grid.rank)
     together(lambda: _prepare(draft), acts=grid.rank == 0)
-    entries = together(lambda: _write_own(optimizer, draft / file))
-    gathered: list[Any] = [None] * grid.world
-    dist.all_gather_object(gathered, entries)
-    manifest = {"format": FORMAT, "step": step, "updates": optimizer.steps, "about": dict(about or {}), "tensors": _merge(gathered)}
-    together(lambda: _finish(manifest, draft, final), acts=grid.rank == 0)
+    entries = together(lambda: _write_own(_own_pieces(optimizer, file), draft / file))
+    contents = _contents(step, optimizer.steps, about, gathered(entries or []))
+    together(lambda: _finish(contents, draft, final), acts=grid.rank == 0)
     return final
+
+
+def write(directory: str | Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Path:
+    """`save` by a single process, without a process group: of weights that were made elsewhere than in a run.
+
+    Args:
+        tensors: the masters by name, of any floating dtype; stored in at least fp32, with moments of zero after no update.
+
+    Raises:
+        MegamodError: a write that fails; nothing of it is left then.
+    """
+    final, draft = _names(Path(directory), step)
+    file = FILE.format(0)
+    try:
+        _prepare(draft)
+        _finish(_contents(step, 0, about, [_write_own(_new_pieces(tensors, file), draft / file)]), draft, final)
+    except (OSError, SafetensorError) as error:
+        raise MegamodError(f"{final}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return final
+
+
+def _names(root: Path, step: int) -> tuple[Path, Path]:
+    """What the checkpoint after `step` steps will be called, and its draft."""
+    usual = f"step-{step:08d}"
+    return root / (usual if _tracked(root) != usual else f"{usual}-again"), root / f".{usual}.tmp"
 
 
 def _prepare(draft: Path) -> None:
@@ -66,13 +89,18 @@ def _prepare(draft: Path) -> None:
     draft.mkdir()
 
 
-def _write_own(optimizer: Optimizer, file: Path) -> list[Entry]:
-    """Write this rank's pieces to `file`; their manifest entries."""
-    tensors, entries = _own_pieces(optimizer, file.name)
+def _write_own(pieces: tuple[dict[str, Tensor], list[Entry]], file: Path) -> list[Entry]:
+    """Write a rank's pieces to `file`; their manifest entries."""
+    tensors, entries = pieces
     if tensors:
         save_file(tensors, file)
         files.finish(file)
     return entries
+
+
+def _contents(step: int, updates: int, about: Mapping[str, Any] | None, gathered: Sequence[Sequence[Entry]]) -> dict[str, Any]:
+    """The manifest, before its checksum."""
+    return {"format": FORMAT, "step": step, "updates": updates, "about": dict(about or {}), "tensors": _merge(gathered)}
 
 
 def _merge(gathered: Sequence[Sequence[Entry]]) -> dict[str, dict[str, Any]]:
@@ -213,19 +241,37 @@ def _own_pieces(optimizer: Optimizer, file: str) -> tuple[dict[str, Tensor], lis
         for start, stop, (offset, size) in boxes(piece, segment.start, segment.stop):
             for kind in KINDS:
                 data = optimizer.tensor(segment, kind)[start - segment.start : stop - segment.start].to("cpu").contiguous().clone()
-                key = f"{piece.hf}|{kind}|{','.join(map(str, offset))}"
-                tensors[key] = data
-                entry = {"kind": kind, "file": file, "key": key, "offset": offset, "size": size, "crc32": _crc(data)}
+                entry = _entry(piece.hf, kind, data, (offset, size), file)
+                tensors[entry["key"]] = data
                 entries.append((piece.hf, list(piece.shape), entry))
     return tensors, entries
+
+
+def _new_pieces(masters: Mapping[str, Tensor], file: str) -> tuple[dict[str, Tensor], list[Entry]]:
+    """As `_own_pieces`, of whole tensors that no optimizer has changed yet."""
+    tensors: dict[str, Tensor] = {}
+    entries: list[Entry] = []
+    for name, tensor in masters.items():
+        master = tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)).flatten()
+        for kind in KINDS:
+            data = master.clone() if kind == "master" else torch.zeros_like(master)
+            entry = _entry(name, kind, data, ((0,) * tensor.dim(), tuple(tensor.shape)), file)
+            tensors[entry["key"]] = data
+            entries.append((name, list(tensor.shape), entry))
+    return tensors, entries
+
+
+def _entry(name: str, kind: str, data: Tensor, box: Box, file: str) -> dict[str, Any]:
+    """What the manifest says of one stored piece."""
+    offset, size = box
+    key = f"{name}|{kind}|{','.join(map(str, offset))}"
+    return {"kind": kind, "file": file, "key": key, "offset": offset, "size": size, "crc32": _crc(data)}
 
 
 def _check_model(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Every tensor of the checkpoint and of the model exactly once, in the same shape; the same error on every rank."""
     here = {segment.piece.hf: segment.piece.shape for segment in optimizer.segments}
-    gathered: list[Any] = [None] * optimizer.grid.world
-    dist.all_gather_object(gathered, here)
-    model = {name: shape for shapes in gathered for name, shape in shapes.items()}
+    model = {name: shape for shapes in gathered(here) for name, shape in shapes.items()}
     stored = {name: tuple(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
     wrong = [name for name in sorted(model.keys() | stored.keys()) if model.get(name) != stored.get(name)]
     if wrong:

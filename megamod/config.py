@@ -29,6 +29,7 @@ Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen_attn", "reference"]
 Linear = Literal["megatron", "transformer_engine"]
 Dtype = Literal["bfloat16", "float32", "float64"]
+InitLora = Literal["default", "gaussian", "pissa"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Scoring = Literal["whole", "first_token"]  # of label strings: all their tokens, or those that tell them apart
 T = TypeVar("T")
@@ -59,6 +60,33 @@ class ModelConfig:
     recompute_modules: tuple[str, ...] | None = None  # selective: core_attn, mlp or both; None: core_attn
     attention: Attention = "auto"
     linear: Linear = "megatron"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside a frozen base, in PEFT's words (huggingface.co/docs/peft, LoraConfig).
+
+    A linear W `[F, C]` computes x Wᵀ + s·(dropout(x) Aᵀ) Bᵀ with A `[R, C]` and B `[F, R]` (LoRA, Hu et al. 2021, arXiv:2106.09685);
+    s = lora_alpha / r, or lora_alpha / √r with `use_rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+    """
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    # Names' ends, such as ("q_proj", "v_proj"); a regular expression of whole names; or all-linear: every one but the head.
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None  # the same, of what is not to be adapted
+    layers_to_transform: tuple[int, ...] | None = None  # from 0; None: all
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # the end of a name, or a regular expression of it → its own r
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # the same → its own lora_alpha
+    modules_to_save: tuple[str, ...] = ()  # embed_tokens, lm_head: trained whole, in a copy that belongs to the adapter
+    lora_dropout: float = 0.0  # of what A reads
+    use_rslora: bool = False
+    use_dora: bool = False  # directions by LoRA, a magnitude of its own for each output (Liu et al. 2024, arXiv:2402.09353)
+    init_lora_weights: InitLora = "default"  # default: A uniform, B 0; gaussian: A normal; pissa: W's r largest singular directions
+    loraplus_lr_ratio: float | None = None  # B's learning rate ÷ A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354); None: 1
+    path: str | None = None  # an adapter to go on from, a PEFT directory: it says all of the above but dropout and LoRA+
+    name: str = "default"
+    frozen: Mapping[str, str] = field(default_factory=dict)  # further adapters on the same base: name → PEFT directory
 
 
 @dataclass(frozen=True)
@@ -170,6 +198,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig | None = None
+    lora: LoraConfig | None = None  # None: every weight is trained
     seed: int = 1
     deterministic: bool = False  # bitwise the same from run to run on the same grid
 
@@ -256,6 +285,14 @@ def check(cfg: RunConfig) -> None:
             "data.train is made up, and there is no eval",
         ),
     ]  # fmt: skip
+    lora = cfg.lora
+    if lora is not None and m.linear != "megatron":
+        raise MegamodError(f"model.linear = {m.linear!r}: an adapted linear is multiplied with its adapter: use 'megatron'")
+    if lora is not None and lora.path is not None:
+        own = {f.name for f in dataclasses.fields(LoraConfig)} - {"path", "name", "frozen", "lora_dropout", "loraplus_lr_ratio"}
+        unused += [
+            (getattr(lora, name) != getattr(LoraConfig(), name), f"lora.{name}", f"lora.path = {lora.path} says it") for name in sorted(own)
+        ]
     if (e := cfg.eval) is not None:
         unused += [
             (e.patience is not None and e.every is None, "eval.patience", "eval.every is None"),
@@ -290,10 +327,18 @@ def check(cfg: RunConfig) -> None:
         least += [(f"eval.{n}", getattr(e, n), 1) for n in ("every", "limit", "patience", "max_new_tokens")] + [
             ("eval.decode", e.decode, 0)
         ]
+    if lora is not None:
+        least += [("lora.r", lora.r, 1), *((f"lora.rank_pattern: {name!r}", r, 1) for name, r in lora.rank_pattern.items())]
     for key, value, bound in least:
         if value is not None and not value >= bound:
             raise MegamodError(f"{key} = {value}: must be at least {bound}")
-    for key, value in (("optim.clip_grad", o.clip_grad), ("log.peak_tflops", cfg.log.peak_tflops)):
+    above: list[tuple[str, float | None]] = [("optim.clip_grad", o.clip_grad), ("log.peak_tflops", cfg.log.peak_tflops)]
+    if lora is not None:
+        above += [("lora.lora_alpha", lora.lora_alpha), ("lora.loraplus_lr_ratio", lora.loraplus_lr_ratio)]
+        above += [(f"lora.alpha_pattern: {name!r}", alpha) for name, alpha in lora.alpha_pattern.items()]
+        if not 0 <= lora.lora_dropout < 1:
+            raise MegamodError(f"lora.lora_dropout = {lora.lora_dropout}: at least 0 and below 1 was expected")
+    for key, value in above:
         if value is not None and value <= 0:
             raise MegamodError(f"{key} = {value}: must be above 0")
     if not all(0 <= beta < 1 for beta in o.betas):
@@ -389,9 +434,11 @@ def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
 
 
 def _made(hint: Any, path: list[str], text: str, key: str) -> Any:
-    """What is None so far, begun by its one field without a default: `eval.data=held_out.jsonl`."""
+    """What is None so far, begun by its one field without a default, if it has one: `eval.data=held_out.jsonl`, `lora.r=16`."""
     for cls in filter(dataclasses.is_dataclass, typing.get_args(hint)):
         needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        if not needed:
+            return _replace(typing.cast(Any, cls)(), path, text, key)
         if path == needed:
             return typing.cast(Any, cls)(**{path[0]: _parse(text, typing.get_type_hints(cls)[path[0]], key)})
         if len(needed) == 1:
@@ -460,6 +507,8 @@ def _fits(value: Any, hint: Any) -> bool:
         if not isinstance(value, tuple) or (inner is None and len(value) != len(args)):
             return False
         return all(_fits(v, inner or args[i]) for i, v in enumerate(value))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint is float:  # the comparison is false for NaN, and takes integers too large for a float
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:

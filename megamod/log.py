@@ -112,8 +112,16 @@ class Log:
 def record_run(cfg: RunConfig, directory: Path, about: Mapping[str, Any]) -> None:
     """Write run.json: the resolved configuration, versions, git commit, command line, and `about`."""
     directory.mkdir(parents=True, exist_ok=True)
-    record = {"config": as_json(cfg), "versions": _versions(), "git": _git_commit(), "command": sys.argv, **about}
-    (directory / "run.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    _write_record(directory, {"config": as_json(cfg), "versions": _versions(), "git": _git_commit(), "command": sys.argv, **about})
+
+
+def add_to_record(directory: Path, about: Mapping[str, Any]) -> None:
+    """Add `about` to run.json: what is known only at the end."""
+    _write_record(directory, {**json.loads((directory / "run.json").read_text(encoding="utf-8")), **about})
+
+
+def _write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    files.replace_text(directory / "run.json", json.dumps(record, indent=1, default=str) + "\n")
 
 
 def _line(record: Mapping[str, float]) -> str:

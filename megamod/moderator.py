@@ -6,7 +6,9 @@ with Moderator("runs/quickstart/hf/step-00000360") as moderator:
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from megamod.errors import MegamodError
 from megamod.evaluate.judge import judge
 from megamod.evaluate.metrics import Judged
 from megamod.model.build import build
+from megamod.model.lora import Adapters
 from megamod.model.shape import read_shape
 from megamod.parallel import grid as grids
 from megamod.parallel.collectives import together
-from megamod.verdicts import Format, format_from_json
+from megamod.verdicts import Format
+from megamod.weights import peft
 from megamod.weights.load import Safetensors, Source, load
 
 Conversation = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Row  # a user's message, `messages`, a JSONL row, a Row
@@ -36,10 +40,13 @@ class Moderator:
     `with`, before the next one or a training run.
 
     Args:
-        path: a Hugging Face directory, or a checkpoint of a run: `<run>/checkpoints/step-…`.
+        path: a Hugging Face directory, or a checkpoint of a run: `<run>/checkpoints/step-…`; with the base beneath it, if it is one
+            of an adapter.
+        adapters: further adapters on the same base, name → PEFT directory or checkpoint; `using` chooses among them.
         parallel: the grid.
         dtype: None: bfloat16 on a GPU, float32 elsewhere.
-        format: the verdict format; None: what the directory says (`moderation.json`, the checkpoint's run), else qwen3guard.
+        format: the verdict format; None: what the first adapter's or the model's directory says (`moderation.json`, the checkpoint's
+            run), else qwen3guard.
         row_length: tokens of a packed row; a longer conversation is read in windows.
 
     Raises:
@@ -51,14 +58,19 @@ class Moderator:
         path: str | Path,
         parallel: ParallelConfig | None = None,
         *,
+        adapters: Mapping[str, str | Path] | None = None,
         dtype: Dtype | None = None,
         format: str | Format | None = None,
         row_length: int = 4096,
     ) -> None:
-        origin, source, settings = _open(Path(path))
+        origin, source, settings, paths = _open(Path(path))
+        if adapters:
+            settings = _settings(Path(next(iter(adapters.values()))), settings)
+            paths |= adapters
         if format is not None:
             settings = replace(settings, format=format)
         shape = read_shape(origin)
+        opened = {name: peft.opened(where, shape) for name, where in paths.items()}
         if row_length < 1:
             raise MegamodError(f"row_length = {row_length}: must be at least 1")
         # Beyond its window, or the length that its RoPE was trained for, the model would be another one.
@@ -68,6 +80,9 @@ class Moderator:
             chosen: Dtype = dtype or ("bfloat16" if self._grid.device.type == "cuda" else "float32")
             self._chunks, _ = build(ModelConfig(path=str(origin), dtype=chosen), shape, self._grid)
             together(lambda: load(self._chunks, shape, self._grid, source, where=str(path)))
+            self._adapters = Adapters(self._chunks, shape, self._grid, {name: one.config for name, one in opened.items()})
+            for name, one in opened.items():
+                together(partial(self._adapters.fill, name, one))
             for chunk in self._chunks:
                 chunk.to(self._grid.device).requires_grad_(False)
             encoder = together(lambda: chat.encoder(settings, str(origin), row_length))
@@ -83,7 +98,12 @@ class Moderator:
         return self._grid.rank == 0
 
     def judge(
-        self, conversations: Sequence[Conversation], *, scoring: Scoring = "whole", decode: int | None = 0, max_new_tokens: int = 128
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        scoring: Scoring = "whole",
+        decode: int | None = 0,
+        max_new_tokens: int = 128,
     ) -> list[Judged]:
         """Judge each of them: `scores` always, `text` and `verdict` for the first `decode` of them (None: for all).
 
@@ -94,6 +114,14 @@ class Moderator:
         rows = [_row(conversation, i) for i, conversation in enumerate(conversations)]
         with torch.no_grad():
             return judge(self._chunks, self._grid, rows, self._encoder, scoring=scoring, decode=decode, max_new_tokens=max_new_tokens)
+
+    def using(self, adapter: str | None) -> AbstractContextManager[None]:
+        """`with moderator.using(None):` — inside, that adapter counts, or with None the base alone. Outside it is the first there is.
+
+        Raises:
+            MegamodError: there is no such adapter.
+        """
+        return self._adapters.using(adapter)
 
     def close(self) -> None:
         """Give up the grid; the process stays joined, and may start another."""
@@ -106,25 +134,28 @@ class Moderator:
         self.close()
 
 
-def _open(path: Path) -> tuple[Path, Source, ChatConfig]:
-    """Where tokenizer and config.json are, where the weights are, and how conversations became tokens."""
+def _open(path: Path) -> tuple[Path, Source, ChatConfig, dict[str, str | Path]]:
+    """Where tokenizer and config.json are, where the weights are, how conversations became tokens, and the path's own adapter."""
     if (path / "config.json").is_file():
-        return path, Safetensors(path), chat.read_settings(path, ChatConfig())
+        return path, Safetensors(path), chat.read_settings(path, ChatConfig()), {}
     if (path / "manifest.json").is_file():
         masters = checkpoint.Masters(path)
-        try:
-            saved = dict(masters.about["data.chat"])
-            format = saved["format"]
-            saved["format"] = format if isinstance(format, str) else format_from_json(format)
-            origin = Path(masters.about["model.path"])
-            if not origin.is_dir():
-                raise MegamodError(
-                    f"{path}: its run began from {origin}, which is not here: judge where the run was started, or its export"
-                )
-            return origin, masters, ChatConfig(**saved)
-        except (KeyError, TypeError) as error:
-            raise MegamodError(f"{path}: a checkpoint that does not say how its run read conversations ({error})") from None
+        origin, settings = Path(str(masters.about.get("model.path"))), chat.of_run(masters.about, path)
+        if not origin.is_dir():
+            raise MegamodError(f"{path}: its run began from {origin}, which is not here: judge where the run was started, or its export")
+        if masters.about.get("lora"):
+            return origin, Safetensors(origin), settings, {"default": path}
+        return origin, masters, settings, {}
     raise MegamodError(f"{path}: neither a Hugging Face directory (config.json) nor a run's checkpoint (<run>/checkpoints/step-…)")
+
+
+def _settings(adapter: Path, default: ChatConfig) -> ChatConfig:
+    """How an adapter's run made tokens of conversations, where that is known."""
+    at = peft.checkpoint_at(adapter)
+    if at is None:
+        return chat.read_settings(adapter, default)
+    about = checkpoint.Masters(at).about
+    return chat.of_run(about, at) if "data.chat" in about else default
 
 
 def _row(conversation: Conversation, number: int) -> Row:

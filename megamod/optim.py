@@ -8,9 +8,10 @@ goes in a checkpoint — is asked of the segment's piece, on every grid alike.
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,8 @@ from torch import Tensor, nn
 
 from megamod.config import OptimConfig
 from megamod.errors import MegamodError
-from megamod.model.shape import Shape
 from megamod.parallel.grid import Grid
-from megamod.weights.table import Piece, Placed, hf_shapes
+from megamod.weights.table import Piece, Placed
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -36,6 +36,7 @@ class Segment:
     weight: Tensor  # a view of the parameter, in its dtype
     grad: Tensor  # a view of the gradient buffer, in at least fp32
     master: nn.Parameter  # at least fp32: the weight itself, or its fp32 copy
+    rate: float = 1.0  # its learning rate ÷ the run's
 
 
 class Update(NamedTuple):
@@ -52,7 +53,7 @@ def segments(chunks: Sequence[DistributedDataParallel], items: Sequence[Placed],
         chunks: as `model.build.data_parallel` wraps them.
         items: where the parameters' pieces lie, as `weights.load.load` returns.
     """
-    pieces = {item.param: item.pieces for item in items}
+    placed = {item.param: item for item in items}
     result = []
     for chunk in chunks:
         for buffer in chunk.buffers:
@@ -62,14 +63,14 @@ def segments(chunks: Sequence[DistributedDataParallel], items: Sequence[Placed],
                 for param in bucket.params_list:
                     origin = buffer.param_index_map[param][0]
                     width = param[0].numel()  # of a row
-                    for piece in pieces[param]:
+                    for piece in placed[param].pieces:
                         first = origin + piece.row * width
                         start, stop = max(first, low), min(first + piece.numel, low + length)
                         if start < stop:
                             weight, grad = buffer.param_data[start:stop], buffer.grad_data[start:stop]
                             work = torch.promote_types(weight.dtype, torch.float32)
                             master = nn.Parameter(weight.detach() if weight.dtype is work else weight.detach().to(work))
-                            result.append(Segment(piece, start - first, stop - first, weight, grad, master))
+                            result.append(Segment(piece, start - first, stop - first, weight, grad, master, placed[param].rate))
     return result
 
 
@@ -79,15 +80,17 @@ class Optimizer:
     def __init__(self, cfg: OptimConfig, chunks: Sequence[DistributedDataParallel], items: Sequence[Placed], grid: Grid) -> None:
         self.cfg, self.chunks, self.grid = cfg, chunks, grid
         self.segments = segments(chunks, items, grid)
-        decay: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
+        alike: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
         for segment in self.segments:
-            (decay if self._decays(segment.piece) else plain).append(segment.master)
+            alike[self._decays(segment.piece), segment.rate].append(segment.master)
             segment.master.grad = segment.grad
-        groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": params, "weight_decay": cfg.weight_decay if decays else 0.0, "rate": rate}
+            for (decays, rate), params in alike.items()
+        ]
         fused = grid.device.type == "cuda"
         # A rank may hold no share at all of a small model; torch's optimizers refuse an empty list, an empty tensor they take.
-        groups = [g for g in groups if g["params"]] or [{"params": [nn.Parameter(torch.empty(0, device=grid.device))]}]
+        groups = groups or [{"params": [nn.Parameter(torch.empty(0, device=grid.device))], "rate": 1.0}]
         self.adam = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
         for segment in self.segments:
             step = torch.zeros((), dtype=torch.float32, device=grid.device if fused else "cpu")
@@ -118,7 +121,7 @@ class Optimizer:
             scale = (self.cfg.clip_grad / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([s.grad for s in self.segments], scale)
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         if self.segments:
             self.adam.step()
         self.steps += 1
@@ -152,16 +155,15 @@ class Optimizer:
         self.publish()
 
 
-def check(cfg: OptimConfig, shape: Shape) -> None:
-    """Refuse a pattern of `no_decay` that no tensor of the model matches. Raises MegamodError."""
-    names = list(hf_shapes(shape))
+def check(cfg: OptimConfig, names: Sequence[str]) -> None:
+    """Refuse a pattern of `no_decay` that none of the trained tensors' `names` matches. Raises MegamodError."""
     for pattern in cfg.no_decay:
         try:
             found = any(re.search(pattern, name) for name in names)
         except re.error as error:
             raise MegamodError(f"optim.no_decay: {pattern!r} is no regular expression ({error})") from None
         if not found:
-            raise MegamodError(f"optim.no_decay: {pattern!r} matches no tensor; names look like {names[1]}")
+            raise MegamodError(f"optim.no_decay: {pattern!r} matches no tensor that is trained; names look like {names[-1]}")
 
 
 def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:

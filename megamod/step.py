@@ -21,6 +21,7 @@ from megamod.errors import MegamodError
 from megamod.losses import Loss, LossFunction
 from megamod.model.build import Decoder
 from megamod.model.head import Head
+from megamod.parallel.collectives import gathered
 from megamod.parallel.grid import Grid
 
 Metrics = dict[str, Mean]
@@ -114,8 +115,7 @@ def collect(
     answers: list[Tensor] = _run(chunks, batches, asked, grid, forward_only=True)
     if not grid.is_last_stage or grid.cp.size == 1:
         return answers
-    shares: list[Any] = [None] * grid.cp.size  # a rank's positions follow those of the rank before it
-    dist.all_gather_object(shares, answers, group=grid.cp.group)
+    shares = gathered(answers, grid.cp.group)  # a rank's positions follow those of the rank before it
     return [torch.cat(parts) for parts in zip(*shares, strict=True)]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from megamod import checkpoint, config, optim
+from megamod.batch import Batch
 from megamod.command import command
 from megamod.config import RunConfig
 from megamod.data import chat
@@ -21,16 +22,19 @@ from megamod.data.loader import Loader
 from megamod.data.store import open_documents, prepare_all
 from megamod.errors import MegamodError
 from megamod.evaluate.validation import Validation, labelled_rows
-from megamod.log import Log, record_run
-from megamod.model.build import build, data_parallel
+from megamod.log import Log, add_to_record, record_run
+from megamod.model.build import DTYPES, build, data_parallel
+from megamod.model.lora import Plan
 from megamod.model.shape import Shape, read_shape
 from megamod.optim import Optimizer, learning_rate
 from megamod.parallel import grid as grids
 from megamod.parallel.collectives import on_first, together
 from megamod.step import train_step
+from megamod.weights import fingerprint, peft
 from megamod.weights.export import check as check_export
-from megamod.weights.export import export
+from megamod.weights.export import export, refuse_taken
 from megamod.weights.load import Random, Safetensors, Source, load
+from megamod.weights.table import hf_shapes
 
 
 def train(cfg: RunConfig) -> Path:
@@ -54,9 +58,11 @@ def _train(cfg: RunConfig) -> Path:
         torch.use_deterministic_algorithms(True)
     grid = grids.start(cfg.parallel, shape, cfg.seed)
     grids.check_rows(cfg, shape, grid.world)
-    optim.check(cfg.optim, shape)
+    dtype = DTYPES[cfg.model.dtype]
+    plan = together(lambda: Plan.of(cfg.lora, shape, dtype) if cfg.lora is not None else None)
+    optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
     directory = Path(cfg.dir)
-    checkpoints, hf = directory / "checkpoints", directory / "hf"
+    checkpoints, exports = directory / "checkpoints", directory / ("hf" if plan is None else "peft")
 
     d = cfg.data
     stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data"))
@@ -72,6 +78,7 @@ def _train(cfg: RunConfig) -> Path:
     identity = {
         "shape": config.as_json(shape), "model.path": cfg.model.path, "data": documents.fingerprint(),
         "data.chat": config.as_json(d.chat), "data.row_length": d.row_length, "data.rows_per_step": d.rows_per_step, "seed": cfg.seed,
+        "lora": plan.identity if plan is not None else None,
     }  # fmt: skip
     newest = checkpoint.latest(checkpoints) if cfg.checkpoint.resume == "auto" else None
     done = first = _steps_done(newest, identity, cfg.steps)
@@ -80,9 +87,16 @@ def _train(cfg: RunConfig) -> Path:
 
     chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     if cfg.checkpoint.export and first < cfg.steps:
-        _check_exports(shape, cfg, hf, first)
-    items = together(lambda: load(chunks, shape, grid, weights_of(cfg, shape), where=cfg.model.path))
-    assert items is not None
+        _check_exports(shape, cfg, exports, first)
+    source = weights_of(cfg, shape)
+    base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))
+    assert base is not None
+    items, adapters, about = base, None, dict(identity)
+    if plan is not None:
+        about |= {"dtype": cfg.model.dtype, "base": fingerprint.of_model(base, grid)}
+        together(partial(_check_base, newest, plan, about["base"], dtype))
+        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory)
+        items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
     if newest is not None:
@@ -90,9 +104,12 @@ def _train(cfg: RunConfig) -> Path:
 
     log = Log(cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports)
     if grid.rank == 0:
-        record_run(cfg, directory, {"grid": str(grid), "backends": backends, "parameters": shape.parameters(), "identity": identity})
+        known = {"grid": str(grid), "backends": backends, "parameters": shape.parameters(), "identity": about}
+        record_run(cfg, directory, known | ({"adapters": adapters.paths} if adapters is not None else {}))
     chosen = " · ".join(f"{question} {answer}" for question, answer in backends.items())
     log.say(f"{shape.family} {shape.parameters() / 1e9:.3f}B · {grid} · {grid.device.type} · {chosen}")
+    if adapters is not None:
+        log.say(str(adapters))
     for store in stores:
         log.say(str(store))
     log.say(f"{loader.rows} rows of {d.row_length} tokens, {loader.utilisation:.1%} filled")
@@ -108,7 +125,7 @@ def _train(cfg: RunConfig) -> Path:
         lr = learning_rate(cfg.optim, done, cfg.steps)
         update = optimizer.step(lr)
         done += 1
-        flops = 3 * grid.dp.size * sum(shape.flops(b.lengths, len(b.labels)) for b in batches)
+        flops = grid.dp.size * sum(_flops(shape, plan, batch) for batch in batches)
         values = {**metrics, "lr": lr, "grad_norm": update.grad_norm, **({"skipped": 1.0} if update.skipped else {})}
         log.step(done, values, tokens=d.rows_per_step * d.row_length, flops=flops)
         if validation is not None and validation.is_due(done):
@@ -118,20 +135,31 @@ def _train(cfg: RunConfig) -> Path:
             stopped = validation.stops
         is_best = validation is not None and validation.kept == done
         if done == cfg.steps or stopped is not None or is_best or _is_scheduled(cfg, done):
-            log.say(f"saved {checkpoint.save(checkpoints, done, optimizer, grid, identity)}")
+            log.say(f"saved {checkpoint.save(checkpoints, done, optimizer, grid, about)}")
             together(partial(_forget_beaten, cfg, checkpoints, validation), acts=grid.rank == 0)
 
     if stopped is not None:
         log.say(f"stopped after step {done}: {stopped}")
     if cfg.checkpoint.export:
         best = validation.kept if validation is not None else None
-        target = hf / f"step-{best or done:08d}"
+        target = exports / f"step-{best or done:08d}"
         if target.exists():  # the run had ended before, and was only asked again
             log.say(f"exported before: {target}")
+        elif plan is not None:
+            saved = checkpoint.at(checkpoints, best or done)
+            assert saved is not None, "the last step is saved, and a step without a checkpoint is never the best: Validation"
+            together(lambda: peft.export(saved, target, shape, texts=texts), acts=grid.rank == 0)
+            log.say(f"exported {target}")
         else:
             _restore(checkpoints, best, done, optimizer, log)
             exported = export(chunks, shape, grid, target, source=cfg.model.path, tokenizer=d.chat.tokenizer, texts=texts)
             log.say(f"exported {exported}")
+    if plan is not None:
+        after = fingerprint.of_model(base, grid)
+        assert after == about["base"], "adapters leave the base as it is"
+        if grid.rank == 0:
+            add_to_record(directory, {"base": {"before": about["base"], "after": after}})
+        log.say(f"the base is as it was: {after}")
     log.close()
     grids.stop()
     return directory
@@ -170,11 +198,27 @@ def _restore(checkpoints: Path, best: int | None, done: int, optimizer: Optimize
     checkpoint.resume(saved, optimizer)
 
 
-def _check_exports(shape: Shape, cfg: RunConfig, hf: Path, first: int) -> None:
+def _check_exports(shape: Shape, cfg: RunConfig, exports: Path, first: int) -> None:
     """Refuse, before the first step, what would stop the export after the last: whichever step is exported then."""
-    in_the_way = [old for old in sorted(hf.glob("step-*")) if old.name[5:].isdecimal() and int(old.name[5:]) > first]
-    for target in (*in_the_way, hf / f"step-{cfg.steps:08d}"):
-        check_export(shape, cfg.model.path, target, cfg.data.chat.tokenizer)
+    in_the_way = [old for old in sorted(exports.glob("step-*")) if old.name[5:].isdecimal() and int(old.name[5:]) > first]
+    for target in (*in_the_way, exports / f"step-{cfg.steps:08d}"):
+        if cfg.lora is None:
+            check_export(shape, cfg.model.path, target, cfg.data.chat.tokenizer)
+        refuse_taken(target)
+
+
+def _flops(shape: Shape, plan: Plan | None, batch: Batch) -> float:
+    """Of a training step over `batch`: a frozen base has no gradients of its weights, which are a third of the work."""
+    whole = shape.flops(batch.lengths, len(batch.labels))
+    return 3 * whole if plan is None else 2 * whole + 6 * plan.low_rank(shape) * len(batch.tokens)
+
+
+def _check_base(newest: Path | None, plan: Plan, base: str, dtype: torch.dtype) -> None:
+    """Refuse to go on with other weights beneath an adapter than it was trained on. Raises MegamodError."""
+    plan.check_base(base, dtype)
+    before = base if newest is None else checkpoint.read_about(newest)[1].get("base")
+    if before != base:
+        raise MegamodError(f"{newest}: its adapter was trained on a base with the fingerprint {before}, this one has {base}")
 
 
 def _see(directory: Path) -> None:

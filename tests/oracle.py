@@ -72,8 +72,13 @@ class Document:
     weight: float = 1.0
 
 
-def run(hf: nn.Module, batches: Sequence[Batch], loss: LossFunction) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective over all `batches` and its gradient by Hugging Face's names: each document through the model alone."""
+def run(
+    hf: nn.Module, batches: Sequence[Batch], loss: LossFunction, before: Callable[[Batch, int], None] = lambda batch, token: None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective over all `batches` and its gradient by Hugging Face's names: each document through the model alone.
+
+    `before` is told of each document: its batch, and where in the batch it begins.
+    """
     from megamod.batch import UNITS
 
     hf.zero_grad()
@@ -81,8 +86,11 @@ def run(hf: nn.Module, batches: Sequence[Batch], loss: LossFunction) -> tuple[Te
     value = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         decoder, lm_head = hf.get_submodule("model"), hf.get_submodule("lm_head")
-        documents = zip(batch.tokens.split(batch.lengths), batch.positions.split(batch.lengths, -1), strict=True)
-        pieces = [decoder(t[None], position_ids=p[..., None, :], use_cache=False).last_hidden_state[0] for t, p in documents]
+        first, pieces = 0, []
+        for tokens, positions in zip(batch.tokens.split(batch.lengths), batch.positions.split(batch.lengths, -1), strict=True):
+            before(batch, first)
+            pieces.append(decoder(tokens[None], position_ids=positions[..., None, :], use_cache=False).last_hidden_state[0])
+            first += len(tokens)
         head = Head.whole(torch.cat(pieces)[batch.rows], lm_head.weight)
         value = value + loss(_PlainHead(head.hidden, lm_head.weight), _with(batch, totals)).value
     value.backward()

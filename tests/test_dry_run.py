@@ -16,6 +16,7 @@ from megamod.model.build import DTYPES
 from megamod.model.shape import Shape
 from megamod.parallel.grid import check, check_rows
 from megamod.train import model_shape
+from megamod.weights.peft import slots
 from megamod.weights.table import Row, pieces, share, table
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,10 @@ REHEARSALS = {
     "moderation_7b": Rehearsal(8, (0, 5, 7)),
     "moderation_72b": Rehearsal(128, (3, 64, 127)),
     "moderation_72b_long": Rehearsal(128, (0, 77, 127)),
+    "moderation_7b_lora": Rehearsal(8, (0, 7)),
+    "moderation_72b_lora": Rehearsal(16, (0, 9)),
     "gpu_check": Rehearsal(1, (0,)),
+    "gpu_check_lora": Rehearsal(1, (0,)),
     "smollm2": Rehearsal(2, (0, 1)),
 }
 
@@ -111,6 +115,22 @@ def held(row: Row, tp: int, rank: int) -> int:
     return sum(sizes)
 
 
+def adapter(name: str, pp: int) -> int:
+    """Weights of the run's adapter on a rank, A whole where a linear is cut by rows and B where it is cut by columns."""
+    cfg, shape, _ = config_of(name)
+    if cfg.lora is None:
+        return 0
+    total, wanted = 0, slots(cfg.lora, shape)
+    for row, layer in rows_of(name, pp):
+        for part in row.parts:
+            slot = wanted.get(part.hf.format(layer).removesuffix(".weight"))
+            if slot is not None and part.cut is not None:
+                size = list(part.shape)
+                size[part.cut] = share(part, cfg.parallel.tp, 0)[2]
+                total += slot.r * sum(size)
+    return total
+
+
 def test_beyond_the_heads() -> None:
     """cp 16 where tp 8 leaves a rank 8 heads: the groups that gather keys and values are rehearsed too."""
     config = str(ROOT / "configs" / "moderation_72b_long.py")
@@ -134,12 +154,14 @@ def test_dry_run(name: str) -> None:
         pp, rest = divmod(line.rank, dp * p.cp * p.tp)
         assert line.place == {"pp": pp, "dp": rest // (p.cp * p.tp), "cp": rest // p.tp % p.cp, "tp": rest % p.tp}
         assert line.layers == "+".join(str(split[chunk * p.pp + pp]) for chunk in range(p.vpp))
-        assert line.parameters == sum(held(row, p.tp, line.place["tp"]) for row, _ in rows_of(name, pp))
+        base, low = sum(held(row, p.tp, line.place["tp"]) for row, _ in rows_of(name, pp)), adapter(name, pp)
+        assert line.parameters == base + low
+        trained = low or base
         # Gradients in fp32 at least; masters where weights are rounded, and two moments, of this rank's share of dp × cp. Buckets
         # are padded, so a little more.
         weight, full = DTYPES[cfg.model.dtype].itemsize, max(4, DTYPES[cfg.model.dtype].itemsize)
         optimizer = (2 * full + full * (weight < full)) / (dp * p.cp)
-        expected = [line.parameters * each / 2**30 for each in (weight, full, optimizer)]
+        expected = [count * each / 2**30 for count, each in ((base + low, weight), (trained, full), (trained, optimizer))]
         assert line.gibibytes == pytest.approx(expected, rel=0.01, abs=0.006)
         assert line.micro_batches == check_rows(cfg, shape, world)
 
@@ -178,7 +200,7 @@ IMPOSSIBLE = [
         "tiny",
         ("optim.no_decay=('embedd',)",),
         (4, "1"),
-        "optim.no_decay: 'embedd' matches no tensor; names look like model.layers.0.input_layernorm.weight",
+        "optim.no_decay: 'embedd' matches no tensor that is trained; names look like lm_head.weight",
     ),
     (
         "tiny",

@@ -26,6 +26,7 @@ from megamod.model.head import Head
 from megamod.optim import learning_rate
 from megamod.parallel.grid import started
 from megamod.step import eval_step, train_step
+from megamod.weights.table import hf_shapes
 
 TOLERANCE = 1e-11
 MODEL = "qwen3-tied"
@@ -311,7 +312,7 @@ def test_learning_rate(cfg: OptimConfig, at: dict[int, float]) -> None:
 @pytest.mark.parametrize(("pattern", "words"), [("nrom", "'nrom' matches no tensor"), ("norm(", "is no regular expression")])
 def test_unknown_no_decay_pattern(pattern: str, words: str) -> None:
     with pytest.raises(MegamodError, match=re.escape(words)):
-        optim.check(OptimConfig(no_decay=("embed", pattern)), tiny.shape("qwen2"))
+        optim.check(OptimConfig(no_decay=("embed", pattern)), list(hf_shapes(tiny.shape("qwen2"))))
 
 
 def deterministic() -> list[Tensor]:

@@ -3,9 +3,9 @@
 python tools/judge.py --model runs/quickstart/hf/step-00000400 held_out.jsonl verdicts.jsonl
 torchrun --nproc-per-node 8 tools/judge.py --model /models/my-72b --tp 8 queue.jsonl verdicts.jsonl
 
---model is a Hugging Face directory or a run's checkpoint (<run>/checkpoints/step-…). Rows need no label; where they have one,
-tools/evaluate.py measures the verdicts. Without --decode only scores are computed, in one forward pass a label that begins
-with tokens of its own.
+--model is a Hugging Face directory or a run's checkpoint (<run>/checkpoints/step-…); an adapter's checkpoint brings its base. Rows
+need no label; where they have one, tools/evaluate.py measures the verdicts. Without --decode only scores are computed, in one
+forward pass a label that begins with tokens of its own.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, help="on the model: a PEFT directory, or a checkpoint of a LoRA run")
     parser.add_argument("--decode", default="0", help="of how many rows the verdict's text is decoded too: a number, or all")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--scoring", choices=["whole", "first_token"], default="whole")
@@ -49,7 +50,8 @@ def main() -> None:
     records.check(args.out)
     rows = list(read_rows(args.rows))
     parallel = ParallelConfig(tp=args.tp, pp=args.pp, cp=args.cp)
-    moderator = Moderator(args.model, parallel, dtype=args.dtype, format=args.format, row_length=args.row_length)
+    adapters = {"adapter": args.adapter} if args.adapter is not None else None
+    moderator = Moderator(args.model, parallel, adapters=adapters, dtype=args.dtype, format=args.format, row_length=args.row_length)
     decode = None if args.decode == "all" else int(args.decode)
     judged = moderator.judge(rows, scoring=args.scoring, decode=decode, max_new_tokens=args.max_new_tokens)
     together(lambda: records.write(args.out, rows, judged), acts=moderator.is_first)

@@ -50,6 +50,50 @@ class PadCase:
         return [0, *accumulate(self.lengths)]
 
 
+@dataclass(frozen=True)
+class LoraCase:
+    """x `[T, C]`, a frozen weight `[F, C]`, and adapters of (first feature, features, rank, scale)."""
+
+    label: str
+    tokens: int
+    channels: int
+    features: int
+    parts: tuple[tuple[int, int, int, float], ...]
+    bench: bool = False
+
+    @property
+    def name(self) -> str:
+        ranks = "+".join(str(rank) for _, _, rank, _ in self.parts)
+        return f"{self.label} T{self.tokens} C{self.channels} F{self.features} R{ranks}"
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each output feature has one part, in their order, as where they are linears of their own."""
+        ends = [0, *(row + features for row, features, _, _ in self.parts)]
+        return ends[-1] == self.features and ends[:-1] == [row for row, _, _, _ in self.parts]
+
+    @property
+    def frozen(self) -> int:
+        """Multiplications and additions of x Wᵀ, and as many again of dy W."""
+        return 2 * self.tokens * self.channels * self.features
+
+    @property
+    def adapters(self) -> int:
+        """Those of down and up; their gradients take twice as many."""
+        return 2 * self.tokens * sum(rank * (self.channels + features) for _, features, rank, _ in self.parts)
+
+
+def _stacked(rows: tuple[int, ...], rank: int, scale: float) -> tuple[tuple[int, int, int, float], ...]:
+    return tuple((end - n, n, rank, scale) for n, end in zip(rows, accumulate(rows), strict=True))
+
+
+def _lora_72b(tp: int) -> list[LoraCase]:
+    """One layer's four linears: their inputs' channels where they are split by rows, else their features, divided by tp."""
+    q, kv, ffn, hidden = 8192 // tp, 1024 // tp, 29568 // tp, 8192
+    linears = ("qkv", hidden, (q, kv, kv)), ("proj", q, (hidden,)), ("fc1", hidden, (ffn, ffn)), ("fc2", ffn, (hidden,))
+    return [LoraCase(f"{name} tp{tp}", 8192, channels, sum(rows), _stacked(rows, 64, 2.0), bench=True) for name, channels, rows in linears]
+
+
 # 72B: 64 heads, 8 kv heads, D 128, hidden 8192.
 ROPE = [
     *(RopeCase(tokens, 64 // tp, 8 // tp, 128, bench=True) for tokens in (8192, 32768) for tp in (1, 2, 4, 8)),
@@ -71,4 +115,16 @@ PAD = [
     PadCase((37, 2, 61), (2, 128)),
     PadCase((3, 4), (2100,)),  # wider than a program
     PadCase((0,), (4,)),
+]
+LORA = [
+    *(case for tp in (1, 2, 4, 8) for case in _lora_72b(tp)),
+    LoraCase("one", 33, 40, 72, ((0, 72, 16, 2.0),)),
+    LoraCase("odd rank", 17, 24, 40, ((0, 40, 3, 0.3),)),
+    LoraCase("high rank", 20, 48, 56, ((0, 56, 64, 1.0),)),
+    LoraCase("qkv", 33, 40, 88, _stacked((64, 16, 8), 10, 2.0)),
+    LoraCase("overlap", 18, 32, 72, ((25, 20, 10, -1.0), (0, 30, 3, 2.0), (5, 10, 2, 0.3))),  # nor in the order of their rows
+    LoraCase("same rows", 9, 16, 40, ((0, 40, 8, 1.5), (0, 40, 8, -1.5))),
+    LoraCase("gaps", 1, 16, 104, ((8, 8, 4, 1.0), (90, 5, 4, 1.0))),  # columns without a part, and whole tiles
+    LoraCase("none", 0, 16, 24, ((0, 24, 4, 2.0),)),
+    LoraCase("odd sizes", 17, 37, 41, ((3, 30, 5, 2.0),)),  # no rows of 16 bytes
 ]

@@ -303,6 +303,7 @@ def encoder(cfg: ChatConfig, model: str, limit: int | None = None) -> Encoder:
 
 # What a Hugging Face directory says beside its tokenizer, so that whoever judges with it asks as it was trained.
 SETTINGS = "moderation.json"
+COMPANIONS = (SETTINGS, "chat_template.jinja")  # what `companions` may give
 
 
 def companions(cfg: ChatConfig) -> dict[str, str]:
@@ -317,6 +318,16 @@ def _read_template(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MegamodError(f"data.chat.template = {path}: cannot be read ({error})") from None
+
+
+def of_run(about: Mapping[str, Any], where: str | Path) -> ChatConfig:
+    """`data.chat` of a run, as its checkpoint at `where` tells it. Raises MegamodError for one that does not."""
+    try:
+        saved = dict(about["data.chat"])
+        format = saved["format"]
+        return ChatConfig(**{**saved, "format": format if isinstance(format, str) else format_from_json(format)})
+    except (MegamodError, KeyError, TypeError) as error:
+        raise MegamodError(f"{where}: a checkpoint that does not say how its run read conversations ({error})") from None
 
 
 def read_settings(model: str | Path, default: ChatConfig) -> ChatConfig:

@@ -2,6 +2,8 @@
 
 import heapq
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +104,14 @@ class Loader:
         costs = self._costs[rows]
         groups = deal(costs, len(rows) // self._rows_per_micro_batch)
         mine = deal(np.array([costs[group].sum() for group in groups]), self._dp_size)[self._dp_rank]
-        return [
-            micro_batch([[self._documents[i] for i in self._packed[int(rows[at])].tolist()] for at in groups[j]], self._row_length)
-            for j in mine
-        ]
+        return [replace(self._micro_batch([int(rows[at]) for at in groups[j]]), seed=self._drawn(number, j)) for j in mine]
+
+    def _micro_batch(self, rows: Sequence[int]) -> Batch:
+        return micro_batch([[self._documents[i] for i in self._packed[row].tolist()] for row in rows], self._row_length)
+
+    def _drawn(self, step: int, micro_batch: int) -> int:
+        """A seed for a micro-batch: 63 bits of (seed, step, its number in the step)."""
+        return int(np.random.SeedSequence([self._seed, step, micro_batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _stream(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """Rows [first, first + count) of epoch 0's order, epoch 1's, … one after the other."""

@@ -16,12 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from megamod.errors import MegamodError, nearest
 from megamod.evaluate.metrics import Judged
 from megamod.model.build import Decoder
 from megamod.model.head import Head
+from megamod.parallel.collectives import gathered
 from megamod.parallel.grid import Grid
 from megamod.step import collect
 from megamod.verdicts import SEVERITIES, Severity
@@ -343,8 +343,7 @@ class _Asker:
         """Every row's answers, from the last stage's data-parallel ranks to all."""
         grid = self._grid
         speaks = grid.is_last_stage and grid.tp.rank == 0 and grid.cp.rank == 0
-        shares: list[Any] = [None] * grid.world
-        dist.all_gather_object(shares, (grid.dp.rank, [a.numpy() for a in answers]) if speaks else None)
+        shares = gathered((grid.dp.rank, [a.numpy() for a in answers]) if speaks else None)
         by_rank = dict(share for share in shares if share is not None)
         return [by_rank[row % grid.dp.size][row // grid.dp.size] for row in range(rows)]
 

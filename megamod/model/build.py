@@ -16,14 +16,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from megamod.batch import Batch
 from megamod.config import ModelConfig
 from megamod.model import backends
 from megamod.model.attention import PackedRow, self_attention_spec
 from megamod.model.head import Head
+from megamod.model.lora import Saved
 from megamod.model.norm import RMSNorm
 from megamod.model.shape import Shape
+from megamod.parallel.collectives import sum_marked
 from megamod.parallel.grid import Grid
 from megamod.weights.table import padded_vocab
 
@@ -36,12 +39,31 @@ class Decoder(GPTModel):
     def __init__(self, shape: Shape, grid: Grid, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.shape, self.grid = shape, grid
+        self.saved = Saved()  # what adapters have of the embedding and the head
 
     def forward(self, batch: Batch) -> Tensor:
         """`[T', 1, C]`: the stage's output, T' = T/cp, or T/(cp·tp) with sequence parallelism."""
+        if self.training:
+            # What is drawn in the forward pass comes from the micro-batch's seed. It goes by torch's generator, the one place whose
+            # state recomputation restores, so that it draws the same again.
+            torch.default_generator.manual_seed(batch.seed)
         row = PackedRow.of(batch, self.shape, self.config.params_dtype, self.grid)
         tokens = batch.tokens[None]  # positions are in `row`: position_embedding_type is "none"
-        return super().forward(input_ids=tokens, position_ids=tokens, attention_mask=None, packed_seq_params=row)
+        embedded = self._embedded(tokens) if self.pre_process else None
+        return super().forward(
+            input_ids=tokens, position_ids=tokens, attention_mask=None, decoder_input=embedded, packed_seq_params=row
+        )  # fmt: skip
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """`[T', 1, C]` of `[1, T/cp]` tokens; always part of the graph.
+
+        Recomputation takes an input that requires no gradient for a layer that needs none, and a pipeline's first stage must have
+        something to go back to: with a frozen embedding, every adapter of that stage would silently stay as it is.
+        """
+        own = self.embedding.word_embeddings.weight
+        weight = {"word_embeddings.weight": self.saved.instead_of("embed_tokens", own)}
+        result: Tensor = functional_call(self.embedding, weight, kwargs={"input_ids": tokens, "position_ids": tokens})
+        return result.requires_grad_() if torch.is_grad_enabled() and not result.requires_grad else result
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stop at the hidden states: the loss asks its Head for what it needs of the vocabulary."""
@@ -50,7 +72,8 @@ class Decoder(GPTModel):
     def head(self, hidden: Tensor, batch: Batch) -> Head:
         """The head over this chunk's output; on the last chunk only."""
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        own = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight = self.saved.instead_of("embed_tokens" if tied else "lm_head", own)
         return Head(hidden, weight, self.shape.vocab, batch.rows, self.grid.tp.group, self.grid.sp)
 
 
@@ -184,5 +207,9 @@ def data_parallel(chunks: Sequence[Decoder], grid: Grid, *, overlap: bool = Fals
 def _finalize(
     model: list[nn.Module], num_tokens: Tensor | None, pg_collection: ProcessGroupCollection | None = None, force_all_reduce: bool = False
 ) -> None:
-    """Sum gradients over dp × cp, over tp where ranks saw other tokens, over the stages that share the embedding; no scaling."""
+    """Sum gradients over dp × cp, over tp where ranks saw other tokens, over the stages that share the embedding; no scaling.
+
+    And those of adapters' factors that several ranks hold: model.lora.
+    """
     finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+    sum_marked(param for chunk in model for param in chunk.parameters())

@@ -8,7 +8,8 @@ Two rules, and the wrong one gives an exact loss with wrong gradients:
   them is differentiated truthfully, so the backward of a sum is a sum. `all_sum` follows this rule.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -57,6 +58,25 @@ def sum_row_gradients(param: nn.Parameter, first: int, group: dist.ProcessGroup)
     param.register_hook(add_up)
 
 
+def sum_later(param: nn.Parameter, group: dist.ProcessGroup) -> None:
+    """Mark `param`: each rank of `group` will have a part of its gradient, which `sum_marked` adds up once a step."""
+    if group.size() > 1:
+        param.summed_over = group  # type: ignore[attr-defined]
+
+
+def sum_marked(params: Iterable[nn.Parameter]) -> None:
+    """Add up the final gradients (`main_grad`) of the parameters that `sum_later` marked; one all-reduce for each group."""
+    parts: dict[dist.ProcessGroup, list[Tensor]] = defaultdict(list)
+    for param in params:
+        if param.requires_grad and hasattr(param, "summed_over"):
+            parts[param.summed_over].append(param.main_grad)  # type: ignore[attr-defined]
+    for group, grads in parts.items():
+        whole = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(whole, group=group)
+        for grad, total in zip(grads, whole.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+
 def together(step: Callable[[], T], *, acts: bool = True) -> T | None:
     """Take `step` on the ranks of the world that act in it; if it fails on one, raise its fault on all, so that none waits.
 
@@ -73,12 +93,17 @@ def together(step: Callable[[], T], *, acts: bool = True) -> T | None:
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         fault = f"{where}rank {dist.get_rank()}: {text}"
-    faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    first = next((f for f in faults if f is not None), None)
+    first = next((f for f in gathered(fault) if f is not None), None)
     if first is not None:
         raise MegamodError(first)
     return result
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's `value`, which must pickle, in the order of `group`'s ranks; None: of the world's."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def on_first(step: Callable[[], T]) -> T:

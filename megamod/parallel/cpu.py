@@ -49,12 +49,11 @@ def install(device: torch.device) -> None:
     torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    # Activation recompute and the dropout tracker save and restore the generator: here, the CPU's.
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
-    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # megatron-core's tracker sets CUDA's generator, and not the CPU's: a generator of its own stands for it here, too.
+    generator = torch.Generator()
+    torch.cuda.get_rng_state = rng._get_cuda_rng_state = lambda *args, **kwargs: generator.get_state()
+    torch.cuda.set_rng_state = rng._set_cuda_rng_state = lambda state, *args, **kwargs: generator.set_state(state)  # type: ignore[assignment]
+    torch.cuda.manual_seed = generator.manual_seed  # type: ignore[assignment]
     if device.type == "meta":
         _register_meta_collectives()
         # `x[mask]` has a length that only the data knows: take all of it, the largest there could be.

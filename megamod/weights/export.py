@@ -8,7 +8,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from megamod.errors import MegamodError, listed
 from megamod.files import finish, sync
 from megamod.model.shape import Shape, both_spellings, read_config, read_shape
-from megamod.parallel.collectives import together
+from megamod.parallel.collectives import gathered, together
 from megamod.parallel.grid import Grid
 from megamod.weights.load import INDEX
 from megamod.weights.table import Piece, hf_shapes, placed
@@ -91,13 +92,41 @@ def check(shape: Shape, source: str | Path, target: str | Path, tokenizer: str |
             is a link out of its directory.
     """
     _companions(Path(source), Path(tokenizer or source))
-    target = Path(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise MegamodError(f"{target}: exists and is not an empty directory; export to a new one, or remove it")
+    refuse_taken(Path(target))
     found = read_shape(source)
     differ = [f.name for f in fields(Shape) if getattr(found, f.name) != getattr(shape, f.name)]
     if differ:
         raise MegamodError(f"{source}: config.json describes another model than the one to export: its {listed(differ)} differ")
+
+
+def refuse_taken(target: Path) -> None:
+    """Raises MegamodError for a target that holds something."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise MegamodError(f"{target}: exists and is not an empty directory; export to a new one, or remove it")
+
+
+@contextmanager
+def drafting(target: Path) -> Iterator[Path]:
+    """A new directory by one process: a neighbour to fill, which is given `target`'s name at the end, and removed after a fault.
+
+    Raises:
+        MegamodError: a target that holds something, or a write that fails.
+    """
+    refuse_taken(target)
+    final = target.resolve()
+    draft = final.with_name(f".{final.name}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)  # left by one that was killed
+        draft.mkdir()
+        yield draft
+        sync(draft)
+        os.rename(draft, final)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise MegamodError(f"{target}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _stage(chunks: Sequence[nn.Module], shape: Shape, tp: int) -> Stage:
@@ -136,12 +165,11 @@ def _deal(stage: Stage, tp: int, itemsize: int, shard_bytes: int) -> list[list[l
 
 def _name_files(own: Sequence[Sequence[str]], shape: Shape, grid: Grid) -> list[dict[str, Sequence[str]]]:
     """Every rank's files and the tensors in each, numbered through all ranks."""
-    gathered: list[Any] = [None] * grid.world
-    dist.all_gather_object(gathered, own)
-    names = sorted(name for shards in gathered for shard in shards for name in shard)
+    everyone = gathered(own)
+    names = sorted(name for shards in everyone for shard in shards for name in shard)
     assert names == sorted(hf_shapes(shape)), "the stages together hold each tensor once"
-    count, number, files = sum(map(len, gathered)), 0, []
-    for shards in gathered:
+    count, number, files = sum(map(len, everyone)), 0, []
+    for shards in everyone:
         files.append({f"model-{number + i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)})
         number += len(shards)
     return files
@@ -154,10 +182,20 @@ def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch
     if draft.exists():  # left by an export that was killed
         shutil.rmtree(draft)
     draft.mkdir()
-    _write_json(draft / "config.json", both_spellings(read_config(source), str(dtype).removeprefix("torch.")))
+    begin(draft, source, tokenizer, dtype, texts)
+
+
+def begin(draft: Path, source: Path, tokenizer: Path, dtype: torch.dtype, texts: Mapping[str, str]) -> None:
+    """All of a Hugging Face directory but its weights. Arguments and errors as in `export`."""
+    write_json(draft / "config.json", both_spellings(read_config(source), str(dtype).removeprefix("torch.")))
     for file in _companions(source, tokenizer):
         shutil.copyfile(file, draft / file.name)
         sync(draft / file.name)
+    write_texts(draft, texts)
+
+
+def write_texts(draft: Path, texts: Mapping[str, str]) -> None:
+    """Small files, by name."""
     for name, text in texts.items():
         (draft / name).write_text(text, encoding="utf-8")
         sync(draft / name)
@@ -224,13 +262,18 @@ def _gather(held: Sequence[tuple[int, nn.Parameter, Piece]], writer: int, grid: 
 def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: Path, target: Path, dtype: torch.dtype) -> None:
     """Rank 0, last: the index, and the directory's name."""
     where = {name: file for own in files for file, names in own.items() for name in names}
-    total = sum(math.prod(size) for size in hf_shapes(shape).values()) * dtype.itemsize
-    _write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    write_index(draft, where, sum(math.prod(size) for size in hf_shapes(shape).values()) * dtype.itemsize)
     sync(draft)
     os.rename(draft, target)
     sync(target.parent)
 
 
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_index(draft: Path, where: Mapping[str, str], total: int) -> None:
+    """Which file of `draft` holds which tensor, and how many bytes they are together."""
+    write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """One of the directory's small files, synced."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(file)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megamod.model.shape import Shape
 
+ADAPTERS = "adapters."  # in the name of a parameter: it belongs to an adapter, not to the base
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size along each axis, in Hugging Face's coordinates
 
 
@@ -149,10 +150,13 @@ class Placed:
     name: str  # as the module calls it, with the layer's global number
     param: nn.Parameter
     pieces: tuple[Piece, ...]
+    rate: float = 1.0  # its learning rate ÷ the run's
 
 
 def placed(chunks: Sequence[nn.Module], shape: Shape, tp: int, rank: int) -> list[Placed]:
     """Every parameter of this rank's model chunks (bare GPTModels, or wrapped in DistributedDataParallel) with its pieces.
+
+    The parameters of adapters are not among them: model.lora places these.
 
     Raises:
         AssertionError: a parameter that the table lacks; the model and the table are then out of step.
@@ -163,6 +167,8 @@ def placed(chunks: Sequence[nn.Module], shape: Shape, tp: int, rank: int) -> lis
     for chunk in chunks:
         model: Any = getattr(chunk, "module", chunk)
         for name, param in model.named_parameters():
+            if ADAPTERS in name:
+                continue
             prefix, _, rest = name.partition("decoder.layers.")
             layer, generic, full = 0, name, name
             if rest and not prefix:

@@ -1,0 +1,150 @@
+"""LoRA under Megatron against peft in one process, in float64 to 1e-11: loss, every gradient, the norm, ten steps of AdamW.
+
+`FULL=1 python -m pytest tests/test_lora.py` checks every adapter on every model with every recompute mode on every grid; without it
+each grid checks each adapter once, models and modes taking turns.
+"""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import distributed
+import lora_parity as lora
+import parity
+import pytest
+import tiny
+import torch
+from lora_parity import LoraCase
+from parity import Case
+
+from megamod.config import LoraConfig, OptimConfig
+from megamod.config import ParallelConfig as P
+from megamod.weights import fingerprint, peft
+from megamod.weights.load import Tensors
+
+TOLERANCE = 1e-11
+GRIDS = [
+    P(), P(tp=2), P(tp=2, sp=True), P(tp=4), P(tp=4, sp=True), P(pp=2), P(tp=2, pp=2), P(tp=2, pp=2, sp=True), P(tp=4, pp=2, sp=True),
+    P(cp=2), P(pp=2, cp=2), P(tp=2, cp=2), P(tp=2, cp=2, sp=True), P(tp=2, pp=2, cp=2, sp=True), P(pp=2, vpp=2),
+    P(tp=2, pp=2, vpp=2, sp=True), P(tp=4, cp=2), P(tp=4, cp=2, sp=True), P(tp=8, sp=True), P(pp=4),
+]  # fmt: skip
+RECOMPUTE = [("none", None), ("full", None), ("selective", ("core_attn", "mlp"))]
+ADAPTERS = {
+    "all": LoraConfig(r=3, lora_alpha=7),
+    "dropout": LoraConfig(r=10, lora_alpha=16, lora_dropout=0.3),
+    "dora": LoraConfig(r=10, lora_alpha=16, use_dora=True, use_rslora=True),
+    "pissa": LoraConfig(r=3, init_lora_weights="pissa", target_modules=("q_proj", "v_proj", "up_proj", "down_proj")),
+    "pissa-dora": LoraConfig(r=4, init_lora_weights="pissa", use_dora=True, target_modules=("k_proj", "o_proj", "gate_proj")),
+    "patterns": LoraConfig(
+        r=4, target_modules=r".*\.(1|2|3)\.(self_attn\.[qv]_proj|mlp\.\w+_proj)", rank_pattern={"q_proj": 10, "layers.2.mlp.up_proj": 3},
+        alpha_pattern={"v_proj": 2.5},
+    ),
+    "top": LoraConfig(r=2, layers_to_transform=(3,), target_modules=("v_proj", "o_proj")),  # a first stage without any
+    "embedding": LoraConfig(r=3, modules_to_save=("embed_tokens",), target_modules=("q_proj", "down_proj")),
+}  # fmt: skip
+HEAD = LoraConfig(r=3, modules_to_save=("embed_tokens", "lm_head"), target_modules=("k_proj",))  # where they are not tied
+MODELS = ("qwen2-1kv", "qwen3", "llama-bias-tied")
+FULL = bool(os.environ.get("FULL"))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """peft's loss and gradients of every adapter on every model, in a file that the ranks read."""
+    results = {}
+    for model in MODELS:
+        for cfg in [*ADAPTERS.values(), *([] if tiny.shape(model).tied else [HEAD])]:
+            rows = parity.made_rows(model)
+            if cfg.lora_dropout:
+                rows = [replace(row, seed=lora.seed_of(i)) for i, row in enumerate(rows)]
+            results[model, repr(cfg)] = lora.expected(cfg, model, rows)
+    path = tmp_path_factory.mktemp("peft") / "expected.pt"
+    torch.save(results, path)
+    return str(path)
+
+
+def check(cases: list[LoraCase], expected: str) -> None:
+    answers = distributed.run(distributed.WORLD, lora.compare, cases, expected)
+    faults = []
+    for number, one in enumerate(cases):
+        losses, gradients, owned = zip(*(answer[number] for answer in answers), strict=True)
+        if not max(*losses, *gradients) <= TOLERANCE:
+            faults.append(f"{one}: loss off by {max(losses):.1e}, a gradient by {max(gradients):.1e}")
+        count = sum(math.prod(size) for size in peft.tensors(one.lora, tiny.shape(one.case.model)).values())
+        if sum(owned) != count:
+            faults.append(f"{one}: {sum(owned)} weights are owned of {count}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    "number", range(len(GRIDS)), ids=lambda n: f"{GRIDS[n].tp}-{GRIDS[n].pp}-{GRIDS[n].vpp}-{GRIDS[n].cp}-{GRIDS[n].sp}"
+)
+def test_grid(number: int, expected: str) -> None:
+    """tp, pp, vpp, cp, sp: loss and every gradient of A, B, magnitudes and whole copies."""
+    grid = GRIDS[number]
+    for turn, model in enumerate(MODELS):
+        adapters = [*ADAPTERS.values(), *([] if tiny.shape(model).tied else [HEAD])]
+        cases = [
+            LoraCase(cfg, Case(model, grid, recompute, modules))
+            for i, cfg in enumerate(adapters)
+            for j, (recompute, modules) in enumerate(RECOMPUTE)
+            if FULL or ((number + i) % 3 == turn and (number + i // 3 + turn) % 3 == j)
+        ]
+        if cases:
+            check(cases, expected)
+
+
+OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.5)
+STEPPED = {
+    "plus": LoraConfig(r=3, lora_alpha=6, loraplus_lr_ratio=16.0),
+    "dora": ADAPTERS["dora"],
+    "pissa": LoraConfig(r=10, lora_alpha=10, init_lora_weights="pissa"),
+}
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_ten_steps(name: str, tmp_path: Path) -> None:
+    """The norm at each of ten steps, and the weights after them: AdamW with clipping, also LoRA+ against peft's own optimizer."""
+    cfg, model = STEPPED[name], "qwen2-1kv"
+    torch.save({(model, repr(cfg)): lora.steps(cfg, model, OPTIM, 10)}, tmp_path / "steps.pt")
+    grids = [P(tp=2, pp=2, sp=True), P(tp=4, cp=2, sp=True), P(tp=4, pp=2)]
+    cases = [LoraCase(cfg, Case(model, grid, "full")) for grid in grids]
+    answers = distributed.run(distributed.WORLD, lora.optimize, cases, OPTIM, str(tmp_path / "steps.pt"))
+    for number, grid in enumerate(grids):
+        norms, after = zip(*(answer[number] for answer in answers), strict=True)
+        assert max(norms) <= TOLERANCE, grid
+        assert max(after) <= TOLERANCE, grid
+
+
+def test_one_of_several_adapters_counts() -> None:
+    """Trained, frozen or none: a pass has the numbers of the one that counts, and training moves the trained one alone."""
+    model = "qwen3"
+    cfg, other = LoraConfig(r=3), LoraConfig(r=4, use_dora=True, target_modules=("v_proj", "gate_proj"), modules_to_save=("lm_head",))
+    answers = distributed.run(distributed.WORLD, lora.choose, LoraCase(cfg, Case(model, P(tp=2, pp=2, cp=2, sp=True))), other)
+    for found in answers:
+        assert found["None"] == [found["bare"][0]] * 2
+        assert found["other"][0] == found["other"][1] != found["None"][0]
+        assert found["default"][1] < found["default"][0] != found["None"][0]
+    rows = parity.made_rows(model)
+    assert answers[0]["default"][0] == pytest.approx(float(lora.expected(cfg, model, rows)[0]), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_fingerprint(dtype: str) -> None:
+    """The same on every grid and from the files; training leaves it, the last bit of one element does not."""
+    model = "llama-bias-tied"
+    known = fingerprint.of_source(Tensors(tiny.weights(model)), tiny.shape(model), lora.DTYPES[dtype])
+    for grid in (P(), P(tp=4, pp=2)):
+        for before, after, changed in distributed.run(distributed.WORLD, lora.fingerprints, grid, model, dtype):
+            assert before == after == known
+            assert changed != known
+
+
+def test_saving_and_exporting_leave_the_base_as_it_is(tmp_path: Path) -> None:
+    """To the last bit after 200 saves and exports; a checkpoint holds the adapter and its optimizer, not the base."""
+    one = LoraCase(LoraConfig(r=3), Case("qwen3", P(tp=2), dtype="bfloat16"))
+    answers = distributed.run(2, lora.cycles, one, 200, str(tmp_path))
+    for same, moved, stored in answers:
+        assert same
+        assert moved
+        assert stored == peft.tensors(one.lora, tiny.shape("qwen3"))
