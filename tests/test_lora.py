@@ -20,6 +20,7 @@ from parity import Case
 
 from megamod.config import LoraConfig, OptimConfig
 from megamod.config import ParallelConfig as P
+from megamod.model.build import DTYPES
 from megamod.weights import fingerprint, peft
 from megamod.weights.load import Tensors
 
@@ -133,7 +134,7 @@ def test_one_of_several_adapters_counts() -> None:
 def test_fingerprint(dtype: str) -> None:
     """The same on every grid and from the files; training leaves it, the last bit of one element does not."""
     model = "llama-bias-tied"
-    known = fingerprint.of_source(Tensors(tiny.weights(model)), tiny.shape(model), lora.DTYPES[dtype])
+    known = fingerprint.of_source(Tensors(tiny.weights(model)), tiny.shape(model), DTYPES[dtype])
     for grid in (P(), P(tp=4, pp=2)):
         for before, after, changed in distributed.run(distributed.WORLD, lora.fingerprints, grid, model, dtype):
             assert before == after == known

