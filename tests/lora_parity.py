@@ -1,6 +1,7 @@
 """LoRA's oracle, peft on transformers' model in one process, and what a pool rank does to be compared with it."""
 
 import gc
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,18 +19,21 @@ from torch import Tensor, nn
 from megamod import checkpoint
 from megamod.batch import Batch
 from megamod.config import LoraConfig, ModelConfig, OptimConfig, ParallelConfig, as_json
+from megamod.config import load as load_config
 from megamod.losses import LossFunction
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Adapters
 from megamod.optim import Optimizer
 from megamod.parallel.grid import Grid, started
 from megamod.step import eval_step, train_step
+from megamod.train import train
 from megamod.weights import fingerprint, peft
 from megamod.weights.load import Tensors, load
 from megamod.weights.table import placed
 from megamod_kernels.lora import Dropout, dropout_keep
 
 Weights = dict[str, Tensor]
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
 
 def weights(cfg: LoraConfig, model: str, seed: int = 5) -> Weights:
@@ -306,3 +310,15 @@ def compare(cases: list[LoraCase], expected_file: str) -> list[tuple[float, floa
             off = abs(float(run.metrics["loss"]) - float(value)) / abs(float(value)) if run.metrics else 0.0
             results.append((off, parity.worst(run, gradients, parity.gradient), parity.owned(run)))
     return results
+
+
+def trained_by_runs(runs: list[tuple[str, list[str]]]) -> list[tuple[dict[int, float], str]]:
+    """Runs of configs/tiny.py one after the other, each with its directory and overrides: the loss of every step, and the export."""
+    found = []
+    for directory, overrides in runs:
+        cfg = load_config(TINY, [f"dir={directory}", *overrides])
+        train(cfg)
+        lines = map(json.loads, (Path(directory) / "metrics.jsonl").read_text().splitlines())
+        found.append(({line["step"]: line["loss"] for line in lines}, str(max((Path(directory) / "peft").iterdir()))))
+        gc.collect()
+    return found

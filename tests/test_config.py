@@ -25,7 +25,8 @@ from functools import partial
 
 from megamod import losses
 from megamod.config import (
-    ChatConfig, CheckpointConfig, DataConfig, EvalConfig, LogConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, SyntheticData
+    ChatConfig, CheckpointConfig, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig,
+    SyntheticData,
 )
 """
 PLAIN = 'RunConfig(dir="runs/x", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train="a.jsonl"){})'
@@ -59,6 +60,14 @@ FULL = """RunConfig(
     seed=5,
     deterministic=True,
 )"""
+# An adapter, which FULL's linear rules out; a path would rule out most of this.
+ADAPTED = PLAIN.format(
+    """, lora=LoraConfig(
+        r=4, lora_alpha=2.5, target_modules=("q_proj", "up_proj"), exclude_modules="model.*3.*", layers_to_transform=(1, 2),
+        rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 8}, modules_to_save=("lm_head",), lora_dropout=0.5, use_rslora=True,
+        use_dora=True, init_lora_weights="gaussian", loraplus_lr_ratio=16.0, name="mine", frozen={"other": "/p"},
+    )"""
+)
 
 
 def write(folder: Path, expression: str, name: str = "run.py", before: str = "") -> Path:
@@ -239,7 +248,7 @@ def test_wrong_override_of_the_loss_s_keyword(tmp_path: Path, override: str, wro
         assert wrong in complaint(lambda file=file: load(file, [override]))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL, MADE_UP])
+@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL, MADE_UP, ADAPTED])
 def test_every_field_takes_its_own_value_unchanged(tmp_path: Path, expression: str) -> None:
     file = write(tmp_path, expression)
     cfg = load(file)
@@ -252,13 +261,15 @@ def test_every_field_takes_its_own_value_unchanged(tmp_path: Path, expression: s
     assert leaves(load(file, [f"{key}={value!r}" for key, value in keys.items()])) == keys
 
 
-def test_no_field_is_left_out(full: Path) -> None:
-    """FULL gives every field of every dataclass a value that is not its default, so the tests on it see all of them."""
+def test_no_field_is_left_out(full: Path, tmp_path: Path) -> None:
+    """FULL and ADAPTED give every field of every dataclass a value that is not its default, so the tests on them see all of them."""
     seen = set()
-    for owner in config_nodes(load(full)):
+    lora = load(write(tmp_path, ADAPTED)).lora
+    assert lora is not None
+    for owner in [*config_nodes(load(full)), lora]:
         seen.add(type(owner))
         for f in dataclasses.fields(owner):
-            if f.default is not dataclasses.MISSING:
+            if f.default is not dataclasses.MISSING and f.name != ("path" if owner is lora else "lora"):
                 assert getattr(owner, f.name) != f.default, f"{type(owner).__name__}.{f.name}"
     own = {c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == config.__name__}
     assert seen == own - {config.Source}  # in a mixture, which SyntheticData rules out
@@ -421,6 +432,8 @@ UNUSED = [
     (["parallel.vpp=2"], "parallel.vpp would not be read: parallel.pp is 1"),
     (["parallel.layers_per_stage=(4,)"], "parallel.layers_per_stage would not be read: parallel.pp is 1"),
     (["optim.weight_decay=0", "optim.no_decay=('norm',)"], "optim.no_decay would not be read: optim.weight_decay is 0"),
+    (["lora.path=p", "lora.r=4"], "lora.r would not be read: lora.path = p says it"),
+    (["lora.path=p", "lora.use_dora=true"], "lora.use_dora would not be read: lora.path = p says it"),
 ]
 
 
@@ -452,6 +465,8 @@ def test_an_option_that_nothing_would_read(plain: Path, overrides: list[str], wr
         ["parallel.sp=true", "parallel.tp=2"],
         ["parallel.vpp=2", "parallel.pp=2", "parallel.layers_per_stage=(1,1,1,1)"],
         ["optim.no_decay=('norm',)"],
+        ["lora.path=p", "lora.lora_dropout=0.1", "lora.loraplus_lr_ratio=16", "lora.name=mine", "lora.frozen={'other': 'q'}"],
+        ["lora.rank_pattern={'q_proj': 4}", "lora.alpha_pattern={'v_proj': 8}", "lora.target_modules=['q_proj', 'v_proj']"],
         ["optim.lr=0", "optim.weight_decay=0", "optim.betas=(0,0)", "seed=0", "optim.eps=0"],
     ],
 )
@@ -468,6 +483,14 @@ def test_the_same_options_where_they_are_read(plain: Path, overrides: list[str])
             "parallel.pp": 1, "parallel.vpp": 1, "parallel.cp": 1,
         }.items()),
         (["optim.lr=-1e-9"], "optim.lr = -1e-09: must be at least 0"),
+        (["lora.r=0"], "lora.r = 0: must be at least 1"),
+        (["lora.rank_pattern={'q_proj': 0}"], "lora.rank_pattern: 'q_proj' = 0: must be at least 1"),
+        (["lora.lora_alpha=0"], "lora.lora_alpha = 0.0: must be above 0"),
+        (["lora.alpha_pattern={'q_proj': -1}"], "lora.alpha_pattern: 'q_proj' = -1: must be above 0"),
+        (["lora.loraplus_lr_ratio=0"], "lora.loraplus_lr_ratio = 0.0: must be above 0"),
+        (["lora.lora_dropout=1"], "lora.lora_dropout = 1.0: at least 0 and below 1 was expected"),
+        (["lora.r=4", "model.linear=transformer_engine"], "model.linear = 'transformer_engine': an adapted linear is multiplied with its "
+         "adapter: use 'megatron'"),
         (["optim.min_lr=-1e-9"], "optim.min_lr = -1e-09: must be at least 0"),
         (["optim.weight_decay=-0.1"], "optim.weight_decay = -0.1: must be at least 0"),
         (["optim.eps=-1e-9"], "optim.eps = -1e-09: must be at least 0"),
@@ -552,7 +575,7 @@ def test_how_a_loss_is_saved(tmp_path: Path, loss: str, saved: Any) -> None:
 # --- saved -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL])
+@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL, ADAPTED])
 def test_save_writes_every_value(tmp_path: Path, expression: str) -> None:
     cfg = load(write(tmp_path, expression))
     config.save(cfg, tmp_path / "run.json")
