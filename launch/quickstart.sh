@@ -73,9 +73,9 @@ else
 fi
 
 if [ -n "$lora" ] && [ -n "$real" ]; then
-    set -- "$@" lora.r=16 lora.lora_alpha=32 optim.lr=1e-3
+    set -- "$1" lora.r=16 lora.lora_alpha=32 optim.lr=1e-3 "${@:2}"
 elif [ -n "$lora" ]; then # random weights know no words: the adapter has an embedding of its own, and ranks almost as large as they
-    set -- "$@" lora.r=64 lora.lora_alpha=64 "lora.modules_to_save=('embed_tokens',)"
+    set -- "$1" lora.r=64 lora.lora_alpha=64 "lora.modules_to_save=('embed_tokens',)" "${@:2}"
 fi
 
 say "training on $NPROC ranks"

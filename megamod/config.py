@@ -79,14 +79,13 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # the end of a name, or a regular expression of it → its own r
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # the same → its own lora_alpha
     modules_to_save: tuple[str, ...] = ()  # embed_tokens, lm_head: trained whole, in a copy that belongs to the adapter
-    lora_dropout: float = 0.0  # of what A reads
+    lora_dropout: float = 0.0  # of what A reads; W always reads all, with DoRA too (where PEFT's W reads what dropout leaves)
     use_rslora: bool = False
     use_dora: bool = False  # directions by LoRA, a magnitude of its own for each output (Liu et al. 2024, arXiv:2402.09353)
     init_lora_weights: InitLora = "default"  # default: A uniform, B 0; gaussian: A normal; pissa: W's r largest singular directions
     loraplus_lr_ratio: float | None = None  # B's learning rate ÷ A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354); None: 1
-    path: str | None = None  # an adapter to go on from, a PEFT directory: it says all of the above but dropout and LoRA+
+    path: str | None = None  # an adapter to go on from, a PEFT directory or a checkpoint: it says all of the above but dropout and LoRA+
     name: str = "default"
-    frozen: Mapping[str, str] = field(default_factory=dict)  # further adapters on the same base: name → PEFT directory
 
 
 @dataclass(frozen=True)
@@ -288,11 +287,6 @@ def check(cfg: RunConfig) -> None:
     lora = cfg.lora
     if lora is not None and m.linear != "megatron":
         raise MegamodError(f"model.linear = {m.linear!r}: an adapted linear is multiplied with its adapter: use 'megatron'")
-    if lora is not None and lora.path is not None:
-        own = {f.name for f in dataclasses.fields(LoraConfig)} - {"path", "name", "frozen", "lora_dropout", "loraplus_lr_ratio"}
-        unused += [
-            (getattr(lora, name) != getattr(LoraConfig(), name), f"lora.{name}", f"lora.path = {lora.path} says it") for name in sorted(own)
-        ]
     if (e := cfg.eval) is not None:
         unused += [
             (e.patience is not None and e.every is None, "eval.patience", "eval.every is None"),

@@ -17,7 +17,7 @@ from megamod.config import RunConfig, SyntheticData
 from megamod.data.documents import synthetic
 from megamod.data.loader import Loader
 from megamod.errors import MegamodError
-from megamod.model.build import DTYPES, build, data_parallel
+from megamod.model.build import build, data_parallel
 from megamod.model.lora import Adapters, Plan
 from megamod.model.shape import Shape
 from megamod.optim import Optimizer
@@ -54,12 +54,12 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
     try:
         grid = grids.start(cfg.parallel, shape, cfg.seed, device=torch.device("meta"))
         count = grids.check_rows(cfg, shape, world)
-        plan = Plan.of(cfg.lora, shape, DTYPES[cfg.model.dtype]) if cfg.lora is not None else None
+        plan = Plan.of(cfg.lora, shape) if cfg.lora is not None else None
         optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
         chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
         items: Sequence[Placed] = placed(chunks, shape, grid.tp.size, grid.tp.rank)
         if plan is not None:
-            items = Adapters(chunks, shape, grid, plan.configs, plan.trained).items
+            items = Adapters(chunks, shape, grid, {"planned": plan.config}, "planned").items
         wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
         optimizer = Optimizer(cfg.optim, wrapped, items, grid)
         d = cfg.data

@@ -27,7 +27,7 @@ from megamod.model.shape import read_shape
 from megamod.parallel import grid as grids
 from megamod.parallel.collectives import together
 from megamod.verdicts import Format
-from megamod.weights import peft
+from megamod.weights import fingerprint, peft
 from megamod.weights.load import Safetensors, Source, load
 
 Conversation = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Row  # a user's message, `messages`, a JSONL row, a Row
@@ -63,10 +63,12 @@ class Moderator:
         format: str | Format | None = None,
         row_length: int = 4096,
     ) -> None:
-        origin, source, settings, paths = _open(Path(path))
+        origin, source, settings, own = _open(Path(path))
+        paths = {**(adapters or {}), **own}  # a given one comes first, and so counts
+        if len(paths) < len(adapters or {}) + len(own):
+            raise MegamodError(f"adapters: {next(iter(own))!r} is the name of the checkpoint's own adapter: use another")
         if adapters:
             settings = _settings(Path(next(iter(adapters.values()))), settings)
-            paths |= adapters
         if format is not None:
             settings = replace(settings, format=format)
         shape = read_shape(origin)
@@ -79,7 +81,10 @@ class Moderator:
         try:
             chosen: Dtype = dtype or ("bfloat16" if self._grid.device.type == "cuda" else "float32")
             self._chunks, _ = build(ModelConfig(path=str(origin), dtype=chosen), shape, self._grid)
-            together(lambda: load(self._chunks, shape, self._grid, source, where=str(path)))
+            items = together(lambda: load(self._chunks, shape, self._grid, source, where=str(path)))
+            assert items is not None
+            if any(one.base is not None for one in opened.values()):
+                together(partial(_check_bases, opened, fingerprint.of_model(items, self._grid)))
             self._adapters = Adapters(self._chunks, shape, self._grid, {name: one.config for name, one in opened.items()})
             for name, one in opened.items():
                 together(partial(self._adapters.fill, name, one))
@@ -156,6 +161,13 @@ def _settings(adapter: Path, default: ChatConfig) -> ChatConfig:
         return chat.read_settings(adapter, default)
     about = checkpoint.Masters(at).about
     return chat.of_run(about, at) if "data.chat" in about else default
+
+
+def _check_bases(adapters: Mapping[str, peft.Adapter], base: str) -> None:
+    """Refuse adapters that were trained on other weights than those with the fingerprint `base`. Raises MegamodError."""
+    for name, adapter in adapters.items():
+        if adapter.base not in (None, base):
+            raise MegamodError(f"{name}: an adapter of another base: its weights had the fingerprint {adapter.base}, these have {base}")
 
 
 def _row(conversation: Conversation, number: int) -> Row:

@@ -23,12 +23,12 @@ from megamod.data.store import open_documents, prepare_all
 from megamod.errors import MegamodError
 from megamod.evaluate.validation import Validation, labelled_rows
 from megamod.log import Log, add_to_record, record_run
-from megamod.model.build import DTYPES, build, data_parallel
+from megamod.model.build import build, data_parallel
 from megamod.model.lora import Plan
 from megamod.model.shape import Shape, read_shape
 from megamod.optim import Optimizer, learning_rate
 from megamod.parallel import grid as grids
-from megamod.parallel.collectives import on_first, together
+from megamod.parallel.collectives import gathered, on_first, together
 from megamod.step import train_step
 from megamod.weights import fingerprint, peft
 from megamod.weights.export import check as check_export
@@ -58,11 +58,11 @@ def _train(cfg: RunConfig) -> Path:
         torch.use_deterministic_algorithms(True)
     grid = grids.start(cfg.parallel, shape, cfg.seed)
     grids.check_rows(cfg, shape, grid.world)
-    dtype = DTYPES[cfg.model.dtype]
-    plan = together(lambda: Plan.of(cfg.lora, shape, dtype) if cfg.lora is not None else None)
-    optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
     directory = Path(cfg.dir)
-    checkpoints, exports = directory / "checkpoints", directory / ("hf" if plan is None else "peft")
+    checkpoints, exports = directory / "checkpoints", directory / ("hf" if cfg.lora is None else "peft")
+    newest = checkpoint.latest(checkpoints) if cfg.checkpoint.resume == "auto" else None
+    plan = together(lambda: _plan(cfg, shape, newest))
+    optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
 
     d = cfg.data
     stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data"))
@@ -80,7 +80,6 @@ def _train(cfg: RunConfig) -> Path:
         "data.chat": config.as_json(d.chat), "data.row_length": d.row_length, "data.rows_per_step": d.rows_per_step, "seed": cfg.seed,
         "lora": plan.identity if plan is not None else None,
     }  # fmt: skip
-    newest = checkpoint.latest(checkpoints) if cfg.checkpoint.resume == "auto" else None
     done = first = _steps_done(newest, identity, cfg.steps)
     validation = together(lambda: _validation(cfg, directory, first))
     texts = together(lambda: chat.companions(d.chat))  # as they are now: the export is of what was trained
@@ -93,9 +92,10 @@ def _train(cfg: RunConfig) -> Path:
     assert base is not None
     items, adapters, about = base, None, dict(identity)
     if plan is not None:
-        about |= {"dtype": cfg.model.dtype, "base": fingerprint.of_model(base, grid)}
-        together(partial(_check_base, newest, plan, about["base"], dtype))
-        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory)
+        before, known = fingerprint.of_model(base, grid, None), fingerprint.of_model(base, grid)
+        together(partial(_check_base, newest, plan, known))
+        about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
+        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"])
         items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
@@ -103,9 +103,10 @@ def _train(cfg: RunConfig) -> Path:
         checkpoint.resume(newest, optimizer)
 
     log = Log(cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports)
+    paths = gathered(adapters.paths if adapters is not None else {})
     if grid.rank == 0:
-        known = {"grid": str(grid), "backends": backends, "parameters": shape.parameters(), "identity": about}
-        record_run(cfg, directory, known | ({"adapters": adapters.paths} if adapters is not None else {}))
+        facts = {"grid": str(grid), "backends": backends, "parameters": shape.parameters(), "identity": about}
+        record_run(cfg, directory, facts | {"adapters": {name: path for part in paths for name, path in part.items()}})
     chosen = " · ".join(f"{question} {answer}" for question, answer in backends.items())
     log.say(f"{shape.family} {shape.parameters() / 1e9:.3f}B · {grid} · {grid.device.type} · {chosen}")
     if adapters is not None:
@@ -155,10 +156,10 @@ def _train(cfg: RunConfig) -> Path:
             exported = export(chunks, shape, grid, target, source=cfg.model.path, tokenizer=d.chat.tokenizer, texts=texts)
             log.say(f"exported {exported}")
     if plan is not None:
-        after = fingerprint.of_model(base, grid)
-        assert after == about["base"], "adapters leave the base as it is"
+        after = fingerprint.of_model(base, grid, None)
         if grid.rank == 0:
-            add_to_record(directory, {"base": {"before": about["base"], "after": after}})
+            add_to_record(directory, {"base": {"before": before, "after": after}})
+        assert after == before, "adapters leave the base as it is"
         log.say(f"the base is as it was: {after}")
     log.close()
     grids.stop()
@@ -204,18 +205,25 @@ def _check_exports(shape: Shape, cfg: RunConfig, exports: Path, first: int) -> N
     for target in (*in_the_way, exports / f"step-{cfg.steps:08d}"):
         if cfg.lora is None:
             check_export(shape, cfg.model.path, target, cfg.data.chat.tokenizer)
-        refuse_taken(target)
+        else:
+            refuse_taken(target)
 
 
 def _flops(shape: Shape, plan: Plan | None, batch: Batch) -> float:
-    """Of a training step over `batch`: a frozen base has no gradients of its weights, which are a third of the work."""
+    """Of a training step over `batch`; with adapters without the gradients of the base's weights, about a third of it."""
     whole = shape.flops(batch.lengths, len(batch.labels))
     return 3 * whole if plan is None else 2 * whole + 6 * plan.low_rank(shape) * len(batch.tokens)
 
 
-def _check_base(newest: Path | None, plan: Plan, base: str, dtype: torch.dtype) -> None:
+def _plan(cfg: RunConfig, shape: Shape, newest: Path | None) -> Plan | None:
+    """The run's adapter, if it trains one."""
+    saved = checkpoint.read_about(newest)[1].get("lora") if newest is not None else None
+    return Plan.of(cfg.lora, shape, saved) if cfg.lora is not None else None
+
+
+def _check_base(newest: Path | None, plan: Plan, base: str) -> None:
     """Refuse to go on with other weights beneath an adapter than it was trained on. Raises MegamodError."""
-    plan.check_base(base, dtype)
+    plan.check_base(base)
     before = base if newest is None else checkpoint.read_about(newest)[1].get("base")
     if before != base:
         raise MegamodError(f"{newest}: its adapter was trained on a base with the fingerprint {before}, this one has {base}")
@@ -232,7 +240,9 @@ def _steps_done(newest: Path | None, identity: dict[str, Any], steps: int) -> in
         return 0
     done, saved = checkpoint.read_about(newest)
     for key, value in identity.items():
-        if saved.get(key) != value:
+        if (there := saved.get(key)) != value:
+            if isinstance(there, dict) and isinstance(value, dict):
+                key += "." + min(name for name in {*there, *value} if there.get(name) != value.get(name))
             raise MegamodError(f"{newest}: saved with another {key}; use another dir, or checkpoint.resume=no to begin again here")
     if done > steps:
         raise MegamodError(f"{newest}: saved after step {done}, and steps = {steps}: use more steps, or another dir")

@@ -93,7 +93,8 @@ def worst(run: Run, expected: dict[str, Tensor], of: Any) -> float:
         for start, stop, (offset, size) in boxes(segment.piece, segment.start, segment.stop):
             there = whole[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
             here = mine[start - segment.start : stop - segment.start].view(size)
-            error = max(error, float((here - there).abs().max() / whole.abs().max().clamp(min=1e-30)))
+            off = float((here - there).abs().max() / whole.abs().max().clamp(min=1e-30))
+            error = max(error, off if off == off else float("inf"))  # NaN is smaller than nothing
     return error
 
 

@@ -65,7 +65,7 @@ ADAPTED = PLAIN.format(
     """, lora=LoraConfig(
         r=4, lora_alpha=2.5, target_modules=("q_proj", "up_proj"), exclude_modules="model.*3.*", layers_to_transform=(1, 2),
         rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 8}, modules_to_save=("lm_head",), lora_dropout=0.5, use_rslora=True,
-        use_dora=True, init_lora_weights="gaussian", loraplus_lr_ratio=16.0, name="mine", frozen={"other": "/p"},
+        use_dora=True, init_lora_weights="gaussian", loraplus_lr_ratio=16.0, name="mine",
     )"""
 )
 
@@ -432,8 +432,6 @@ UNUSED = [
     (["parallel.vpp=2"], "parallel.vpp would not be read: parallel.pp is 1"),
     (["parallel.layers_per_stage=(4,)"], "parallel.layers_per_stage would not be read: parallel.pp is 1"),
     (["optim.weight_decay=0", "optim.no_decay=('norm',)"], "optim.no_decay would not be read: optim.weight_decay is 0"),
-    (["lora.path=p", "lora.r=4"], "lora.r would not be read: lora.path = p says it"),
-    (["lora.path=p", "lora.use_dora=true"], "lora.use_dora would not be read: lora.path = p says it"),
 ]
 
 
@@ -465,7 +463,7 @@ def test_an_option_that_nothing_would_read(plain: Path, overrides: list[str], wr
         ["parallel.sp=true", "parallel.tp=2"],
         ["parallel.vpp=2", "parallel.pp=2", "parallel.layers_per_stage=(1,1,1,1)"],
         ["optim.no_decay=('norm',)"],
-        ["lora.path=p", "lora.lora_dropout=0.1", "lora.loraplus_lr_ratio=16", "lora.name=mine", "lora.frozen={'other': 'q'}"],
+        ["lora.path=p", "lora.lora_dropout=0.1", "lora.loraplus_lr_ratio=16", "lora.name=mine"],
         ["lora.rank_pattern={'q_proj': 4}", "lora.alpha_pattern={'v_proj': 8}", "lora.target_modules=['q_proj', 'v_proj']"],
         ["optim.lr=0", "optim.weight_decay=0", "optim.betas=(0,0)", "seed=0", "optim.eps=0"],
     ],

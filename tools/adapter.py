@@ -16,6 +16,7 @@ from pathlib import Path
 from megamod import checkpoint
 from megamod.command import command
 from megamod.data import chat
+from megamod.errors import MegamodError
 from megamod.model.shape import Shape, read_shape
 from megamod.weights import peft
 from megamod.weights.merge import merge
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sub.add_argument("--dtype", choices=peft.DTYPES, help="of the merged weights; default: the base's own")
     args = parser.parse_args(argv)
     base = args.base or Path(peft.base_of(args.adapter))
+    if args.base is None and not base.is_dir():
+        raise MegamodError(f"{args.adapter}: its base, {base}, is not here: say where it is with --base")
     shape = read_shape(base)
     print(f"{args.adapter}: {described(peft.opened(args.adapter, shape), shape)}")
     if args.command == "import":

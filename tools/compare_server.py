@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(ALONE[verdict])
         elif verdict == "DIFFERENT" and (names := on_server(server)) and args.served not in names:
             print(f"the server does not list {args.served!r}, {nearest(args.served, names)}")
-    return int(worst > args.tolerance)
+    return int(not worst <= args.tolerance)  # also where it is no number
 
 
 class Prompt(NamedTuple):

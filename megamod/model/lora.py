@@ -21,7 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,9 @@ class Low(nn.Module):
     @torch.no_grad()
     def fill(self, source: Source, initial: Source | None) -> None:
         """A, B and, where the source has it, the magnitude; A₀ and B₀ from `initial`."""
+        known = source.shapes()
         for name, piece in self.pieces.items():
-            if piece.hf in source.shapes():
+            if piece.hf in known:
                 self.get_parameter(name).copy_(source.read(piece.hf, piece.offset, piece.size))
         for target, piece in zip(self.buffers(), self.pieces.values(), strict=False):
             assert initial is not None, "PiSSA begins somewhere"
@@ -156,10 +157,10 @@ class LoraLinear(nn.Module):
         group, sp = self.grid.tp.group, self.grid.sp
         x, dropout = x.flatten(0, -2), self._dropout(len(x))
         if self.cut == 0 and sp:
-            down = lora_down(x, parts, dropout) if parts else x.new_empty(len(x), 0)
             # Each rank's rows of B give a part of the product's gradient: the backward sums and scatters.
-            down, x = (gather_from_sequence_parallel_region(y, tensor_parallel_output_grad=True, group=group) for y in (down, x))
-            y = lora_up(x, self.weight, bias, down, parts)
+            down = [gather_from_sequence_parallel_region(lora_down(x, parts, dropout), group=group)] if parts else []
+            x = gather_from_sequence_parallel_region(x, group=group)
+            y = lora_up(x, self.weight, bias, down[0], parts) if parts else lora_linear(x, self.weight, bias, [])
         else:
             x = copy_to_tensor_model_parallel_region(x, group=group) if self.cut == 0 else x
             y = lora_linear(x, self.weight, bias, parts, dropout)
@@ -197,7 +198,7 @@ class LoraLinear(nn.Module):
         for low in lows:
             assert low.magnitude is not None
             norm = low.norm(self.weight, self.columns)
-            factors += [low.magnitude.new_ones(low.row - row), low.magnitude / norm.to(low.magnitude.dtype)]
+            factors += [low.magnitude.new_ones(low.row - row), (low.magnitude / norm).to(low.magnitude.dtype)]
             row = low.row + low.rows
         return torch.cat([*factors, self.weight.new_ones(len(self.weight) - row)])
 
@@ -310,6 +311,7 @@ class Adapters:
                 self._copies[adapter].append((Placed(item.name, copy, here), item.param))
                 if shape.tied and self.grid.pp.size > 1:
                     sum_later(copy, self.grid.groups.embd)
+                    copy.shared_embedding = True  # type: ignore[attr-defined] # a bucket of its own, cut alike on both stages
             if copies:
                 chunk.saved.adapters[adapter] = copies
                 self._place(adapter, [item for item, _ in self._copies[adapter]])
@@ -384,65 +386,76 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Plan:
-    """What adapters a run has, opened and checked before its model is built."""
+    """The adapter that a run trains, opened and checked before its model is built."""
 
-    configs: Mapping[str, LoraConfig]
-    trained: str
-    sources: Mapping[str, peft.Adapter]  # of those that are there already
+    config: LoraConfig
+    source: peft.Adapter | None  # where it is already; None: it is new, or comes from the run's checkpoint
 
     @classmethod
-    def of(cls, cfg: LoraConfig, shape: Shape, dtype: torch.dtype) -> "Plan":
-        """The adapter that `cfg` trains, new or gone on from `cfg.path`, and the frozen ones beside it.
+    def of(cls, cfg: LoraConfig, shape: Shape, saved: Mapping[str, Any] | None = None) -> "Plan":
+        """The adapter that `cfg` trains: new, or gone on from `cfg.path`.
+
+        Args:
+            saved: of a run that is resumed, `identity` as its checkpoint has it; then `cfg.path` is not read again.
 
         Raises:
-            MegamodError: see `peft.opened`, `peft.tensors` and `pissa.check`; a name that is taken.
+            MegamodError: see `peft.opened`, `peft.tensors` and `pissa.check`; an option that `cfg.path` contradicts.
         """
-        if cfg.name in cfg.frozen:
-            raise MegamodError(f"lora.frozen: {cfg.name!r} is the trained adapter's name (lora.name): use another")
-        paths = {**({cfg.name: cfg.path} if cfg.path is not None else {}), **cfg.frozen}
-        sources = {name: peft.opened(path, shape) for name, path in paths.items()}
-        configs = {name: replace(source.config, name=name) for name, source in sources.items()}
-        own = configs.get(cfg.name, replace(cfg, frozen={}))
-        configs[cfg.name] = replace(own, lora_dropout=cfg.lora_dropout, loraplus_lr_ratio=cfg.loraplus_lr_ratio)
-        peft.tensors(configs[cfg.name], shape)
-        if cfg.init_lora_weights == "pissa":
-            pissa.check(cfg, shape)
-        return cls(configs, cfg.name, sources)
+        source = None
+        if cfg.path is not None and saved is not None:
+            own = peft.lora_from_json(saved, "the checkpoint's lora")
+        elif cfg.path is not None:
+            source = peft.opened(cfg.path, shape)
+            own = source.config
+            for name in sorted({f.name for f in fields(LoraConfig)} - {"path", "name", "lora_dropout", "loraplus_lr_ratio"}):
+                asked, there = getattr(cfg, name), getattr(own, name)
+                if asked not in (getattr(LoraConfig(), name), there):
+                    raise MegamodError(f"lora.{name} = {asked!r}, and the adapter at lora.path = {cfg.path} has {there!r}: leave it out")
+        else:
+            own = cfg
+        config = replace(own, lora_dropout=cfg.lora_dropout, loraplus_lr_ratio=cfg.loraplus_lr_ratio, name=cfg.name, path=None)
+        peft.tensors(config, shape)
+        if config.init_lora_weights == "pissa":
+            pissa.check(config, shape)
+        return cls(config, source)
 
     def tensors(self, shape: Shape) -> Mapping[str, tuple[int, ...]]:
         """Name → shape of what is trained."""
-        return peft.tensors(self.configs[self.trained], shape)
+        return peft.tensors(self.config, shape)
 
     def low_rank(self, shape: Shape) -> int:
         """How many weights A and B of the trained adapter have."""
-        return sum(slot.r * sum(slot.shape) for slot in slots(self.configs[self.trained], shape).values())
+        return sum(slot.r * sum(slot.shape) for slot in slots(self.config, shape).values())
 
     @property
     def identity(self) -> dict[str, Any]:
         """Of the trained adapter, what a resumed run must have alike: its shape and equation."""
-        return as_json(replace(self.configs[self.trained], loraplus_lr_ratio=None))
+        return as_json(replace(self.config, loraplus_lr_ratio=None))
 
-    def check_base(self, base: str, dtype: torch.dtype) -> None:
-        """Refuse adapters whose fingerprint of their base, where they know it in `dtype`, is not `base`. Raises MegamodError."""
-        for name, source in self.sources.items():
-            if source.base is not None and source.dtype is dtype and source.base != base:
-                raise MegamodError(
-                    f"lora: {name!r} is an adapter of another base: its weights had the fingerprint {source.base}, these have {base}"
-                )
+    def check_base(self, base: str) -> None:
+        """Refuse an adapter that was trained on other weights than those with the fingerprint `base`. Raises MegamodError."""
+        if self.source is not None and self.source.base not in (None, base):
+            raise MegamodError(
+                f"lora.path: an adapter of another base: its weights had the fingerprint {self.source.base}, these have {base}"
+            )
 
-    def attach(self, chunks: Sequence[Any], shape: Shape, grid: Grid, base: Source, seed: int, directory: Path) -> Adapters:
-        """The adapters beside the loaded model, filled. Every rank calls it.
+    def begun(self, base: str, shape: Shape) -> str:
+        """What the folder of PiSSA's beginning is called: on other weights, modules or ranks it is another one."""
+        said = f"{base} {sorted(map(str, slots(self.config, shape).values()))}"
+        return f"{peft.INITIAL}-{zlib.crc32(said.encode()):08x}"
+
+    def attach(self, chunks: Sequence[Any], shape: Shape, grid: Grid, base: Source, seed: int, initial: Path) -> Adapters:
+        """The adapter beside the loaded model, filled. Every rank calls it.
 
         Args:
             base: where the model's weights came from.
             seed: of what a new adapter draws.
-            directory: the run's, where PiSSA's beginning is kept.
+            initial: the folder of PiSSA's beginning, made if it is needed.
         """
-        adapters = Adapters(chunks, shape, grid, self.configs, self.trained)
-        for name, cfg in self.configs.items():
-            initial = pissa.begin(directory / peft.INITIAL, base, cfg, shape, grid) if cfg.init_lora_weights == "pissa" else None
-            source: Source = self.sources[name] if name in self.sources else initial or Fresh(cfg, shape, seed)
-            together(partial(adapters.fill, name, source, initial))
+        name = self.config.name
+        adapters = Adapters(chunks, shape, grid, {name: self.config}, name)
+        begun = pissa.begin(initial, base, self.config, shape, grid) if self.config.init_lora_weights == "pissa" else None
+        together(partial(adapters.fill, name, self.source or begun or Fresh(self.config, shape, seed), begun))
         return adapters
 
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 PREFIX = "base_model.model."
 WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # what modules_to_save may name
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-FINGERPRINT = "megamod.base"  # in the metadata of the tensors' file: of the base's weights, in the dtype of A and B
+FINGERPRINT = "megamod.base"  # in the metadata of the tensors' file: of the base's weights: weights.fingerprint
 INITIAL = "pissa_init"  # in a run's directory: A and B as the base's singular value decomposition gave them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -254,7 +254,6 @@ OURS: Kinds = {
     "loraplus_lr_ratio": (_is_number, "a finite number"),
     "path": (_is_text, "a string"),
     "name": (_is_text, "a string"),
-    "frozen": (lambda v: _is_map(v, _is_text), "an object of strings"),
 }
 
 
@@ -398,7 +397,7 @@ class Adapter(Source, Protocol):
 
     config: LoraConfig
     dtype: torch.dtype  # holds every A and B exactly
-    base: str | None  # the fingerprint of the base's weights in `dtype`; None: not known
+    base: str | None  # the base's fingerprint; None: not known
 
 
 class Peft:
@@ -497,12 +496,14 @@ class Checkpoint:
         self._dtypes = {name: _dtype_named(dtype, manifest) for name, dtype in about.get("dtypes", {}).items()}
         self.base: str | None = about.get("base")
         self.model = str(about.get("model.path") or "")  # where the base is, or was
-        self._initial = Safetensors(Path(path).resolve().parents[1] / INITIAL) if cfg.init_lora_weights == "pissa" else None
+        begun = Path(path).resolve().parents[1] / str(about.get("initial", INITIAL))
+        self._initial = Safetensors(begun) if cfg.init_lora_weights == "pissa" else None
+        sizes = {name: torch.empty(size, device="meta") for name, size in self._masters.shapes().items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in plain(cfg, sizes, sizes)[1].items()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the tensors, by name."""
-        sizes = {name: torch.empty(size, device="meta") for name, size in self._masters.shapes().items()}
-        return {name: tuple(tensor.shape) for name, tensor in plain(self._trained, sizes, sizes)[1].items()}
+        return self._shapes
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset` of a tensor."""
@@ -553,14 +554,14 @@ def base_of(path: str | Path) -> str:
 
 
 def checkpoint_at(path: Path) -> Path | None:
-    """`path`, if it is a checkpoint, or the newest one of a run's checkpoints there; None where there is neither."""
+    """`path`, if it is a checkpoint; of a run, or its checkpoints, the newest; None where there is none."""
     if not path.is_dir():
         return None
-    return path if (path / "manifest.json").is_file() else checkpoint.latest(path)
+    return path if (path / "manifest.json").is_file() else checkpoint.latest(path) or checkpoint.latest(path / "checkpoints")
 
 
 def fitted(cfg: LoraConfig, shape: Shape) -> LoraConfig:
-    """`cfg` without what names nothing in this model, in its lists of targets and exclusions: PEFT passes over that."""
+    """`cfg` without what names nothing in this model, in its lists and patterns: PEFT passes over that."""
     names = [*_linears(shape), *WHOLE.values()]
 
     def known(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -573,7 +574,12 @@ def fitted(cfg: LoraConfig, shape: Shape) -> LoraConfig:
         out = out if any(_fullmatch(out, name, "lora.exclude_modules") for name in names) else None
     elif out is not None:
         out = known(out) or None
-    return replace(cfg, target_modules=targets, exclude_modules=out)
+
+    def matching(patterns: Mapping[str, T], key: str) -> dict[str, T]:
+        return {one: value for one, value in patterns.items() if any(_ends(one, name, f"lora.{key}") for name in _linears(shape))}
+
+    ranks, alphas = matching(cfg.rank_pattern, "rank_pattern"), matching(cfg.alpha_pattern, "alpha_pattern")
+    return replace(cfg, target_modules=targets, exclude_modules=out, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def check(source: Source, cfg: LoraConfig, shape: Shape, where: str) -> None:
@@ -608,7 +614,7 @@ def check_base(adapter: Adapter, base: Source, shape: Shape, where: str) -> None
     """Refuse an adapter that was trained beside other weights than `base`'s, where it says which. Raises MegamodError."""
     if adapter.base is None:
         return
-    found = of_source(base, shape, adapter.dtype)
+    found = of_source(base, shape)
     if found != adapter.base:
         raise MegamodError(f"{where}: an adapter of another base: its weights had the fingerprint {adapter.base}, these have {found}")
 
@@ -678,7 +684,7 @@ def write(
         directory: new, or empty.
         tensors: by the names of `tensors`, in their shapes; plain, as `cfg` is.
         base: the path or name of the base model.
-        fingerprint: of the base's weights in the dtype of A and B.
+        fingerprint: of the base's weights.
         texts: further small files, by name.
 
     Raises:
@@ -735,7 +741,7 @@ def adopt(directory: str | Path, base: str | Path, out: str | Path) -> Path:
         "model.path": str(base),
         "dtype": dtype_name(adapter.dtype),
         "dtypes": {name: dtype_name(t.dtype) for name, t in masters.items() if t.dtype is not adapter.dtype},
-        "base": adapter.base or of_source(weights, shape, adapter.dtype),
+        "base": adapter.base or of_source(weights, shape),
     }
     with drafting(Path(out)) as draft:
         name = checkpoint.write(draft, 0, masters, about).name

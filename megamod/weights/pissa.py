@@ -19,7 +19,7 @@ from megamod import files
 from megamod.config import LoraConfig
 from megamod.errors import MegamodError
 from megamod.model.shape import Shape
-from megamod.parallel.collectives import gathered, together
+from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.weights.export import write_json
 from megamod.weights.load import INDEX, Safetensors, Source
@@ -49,17 +49,20 @@ def begin(directory: Path, base: Source, cfg: LoraConfig, shape: Shape, grid: Gr
         MegamodError: on every rank alike: a write that fails.
     """
     draft = directory.with_name(f".{directory.name}.tmp")
-    if not together(directory.exists):
+    if not on_first(directory.exists):
         file = f"rank-{grid.rank:05d}.safetensors"
         together(lambda: _prepare(draft), acts=grid.rank == 0)
-        names: Sequence[str] = (
-            together(lambda: _write_own(draft / file, base, list(slots(cfg, shape).values())[grid.rank :: grid.world], grid)) or ()
-        )
+        names: Sequence[str] = together(lambda: _write_own(draft / file, base, dealt(cfg, shape, grid), grid)) or ()
         where = {name: file for names, file in gathered((names, file)) for name in names}
         together(lambda: _finish(draft, directory, where), acts=grid.rank == 0)
     found = together(lambda: Safetensors(directory))
     assert found is not None
     return found
+
+
+def dealt(cfg: LoraConfig, shape: Shape, grid: Grid) -> list[Slot]:
+    """This rank's share of the linears: of each size as many as the others have."""
+    return sorted(slots(cfg, shape).values(), key=lambda slot: -slot.shape[0] * slot.shape[1])[grid.rank :: grid.world]
 
 
 def _prepare(draft: Path) -> None:
