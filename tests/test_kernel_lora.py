@@ -8,8 +8,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import Results, run_interpreted
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -31,7 +30,6 @@ from megamod_kernels.lora import Dropout, Part, dropout_keep, lora_down, lora_do
 
 KERNELS = Path(lora.__file__).parents[1]
 CPU = torch.device("cpu")
-Results = dict[str, list[str]]
 Inputs = tuple[Tensor, Tensor, Tensor, list[Part]]
 
 
@@ -182,14 +180,7 @@ def check(*args: Any, device: torch.device = CPU) -> list[str]:
 @pytest.fixture(scope="module")
 def interpreted() -> Results:
     """What the child found, by check."""
-    pytest.importorskip("triton")
-    path = os.pathsep.join([str(KERNELS), str(Path(__file__).parents[1])])
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit status {done.returncode}, after: {done.stderr}"
-    results: Results = json.loads(done.stdout.splitlines()[-1])
-    assert list(results) == [name_of(*args) for args in CHECKS]
-    return results
+    return run_interpreted(__file__, [name_of(*args) for args in CHECKS])
 
 
 @pytest.mark.parametrize("args", CHECKS, ids=lambda args: name_of(*args))

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import Results, run_interpreted
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +31,6 @@ from megamod_kernels.cases import PAD, ROPE, PadCase, RopeCase
 KERNELS = Path(packing.__file__).parents[1]
 CPU = torch.device("cpu")
 LAYOUTS = ("split", "sliced", "own", "kept", "turned")
-Results = dict[str, list[str]]
 
 
 def random(*size: int, seed: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
@@ -188,14 +188,7 @@ def check(*args: Any, device: torch.device = CPU) -> list[str]:
 @pytest.fixture(scope="module")
 def interpreted() -> Results:
     """What the child found, by check."""
-    pytest.importorskip("triton")
-    path = os.pathsep.join([str(KERNELS), str(Path(__file__).parents[1])])
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit status {done.returncode}, after: {done.stderr}"
-    results: Results = json.loads(done.stdout.splitlines()[-1])
-    assert list(results) == [name_of(*args) for args in CHECKS]
-    return results
+    return run_interpreted(__file__, [name_of(*args) for args in CHECKS])
 
 
 @pytest.mark.parametrize("args", CHECKS, ids=lambda args: name_of(*args))
