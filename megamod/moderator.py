@@ -84,7 +84,9 @@ class Moderator:
             items = together(lambda: load(self._chunks, shape, self._grid, source, where=str(path)))
             assert items is not None
             if any(one.base is not None for one in opened.values()):
-                together(partial(_check_bases, opened, fingerprint.of_model(items, self._grid)))
+                base = fingerprint.of_model(items, self._grid)
+                for name, one in opened.items():
+                    peft.check_fingerprint(one, base, name)
             self._adapters = Adapters(self._chunks, shape, self._grid, {name: one.config for name, one in opened.items()})
             for name, one in opened.items():
                 together(partial(self._adapters.fill, name, one))
@@ -161,13 +163,6 @@ def _settings(adapter: Path, default: ChatConfig) -> ChatConfig:
         return chat.read_settings(adapter, default)
     about = checkpoint.Masters(at).about
     return chat.of_run(about, at) if "data.chat" in about else default
-
-
-def _check_bases(adapters: Mapping[str, peft.Adapter], base: str) -> None:
-    """Refuse adapters that were trained on other weights than those with the fingerprint `base`. Raises MegamodError."""
-    for name, adapter in adapters.items():
-        if adapter.base not in (None, base):
-            raise MegamodError(f"{name}: an adapter of another base: its weights had the fingerprint {adapter.base}, these have {base}")
 
 
 def _row(conversation: Conversation, number: int) -> Row:

@@ -212,7 +212,7 @@ def _check_exports(shape: Shape, cfg: RunConfig, exports: Path, first: int) -> N
 def _flops(shape: Shape, plan: Plan | None, batch: Batch) -> float:
     """Of a training step over `batch`; with adapters without the gradients of the base's weights, about a third of it."""
     whole = shape.flops(batch.lengths, len(batch.labels))
-    return 3 * whole if plan is None else 2 * whole + 6 * plan.low_rank(shape) * len(batch.tokens)
+    return 3 * whole if plan is None else 2 * whole + 6 * plan.low_rank * len(batch.tokens)
 
 
 def _plan(cfg: RunConfig, shape: Shape, newest: Path | None) -> Plan | None:

@@ -411,7 +411,7 @@ def test_pissa_becomes_a_plain_adapter(tmp_path: Path, case: str) -> None:
 def test_pissa_without_its_beginning(tmp_path: Path) -> None:
     name, cfg = "qwen2", LoraConfig(r=3, init_lora_weights="pissa")
     path = a_run(tmp_path / "run", cfg, name, tmp_path, made(cfg, tiny.shape(name)))
-    assert "pissa_init: holds neither" in complaint(lambda: peft.of_checkpoint(path))
+    assert "pissa_init: holds neither" in complaint(lambda: peft.Checkpoint(path))
     began = initial(tmp_path / "run", cfg, tiny.shape(name))
     began.pop(min(began))
     save_file(began, tmp_path / "run" / peft.INITIAL / "model.safetensors")
@@ -428,7 +428,7 @@ def test_masters_are_rounded_once(tmp_path: Path, dtype: str) -> None:
     peft.export(tmp_path / "run" / "checkpoints", tmp_path / "out", tiny.shape(name))  # the newest
     expected = {key: value.to(getattr(torch, dtype)) for key, value in tensors.items()}
     assert differences(load_file(tmp_path / "out" / peft.TENSORS), expected) == []
-    assert peft.of_checkpoint(path).base is None
+    assert peft.Checkpoint(path).base is None
     with safe_open(tmp_path / "out" / peft.TENSORS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -770,7 +770,7 @@ def test_a_tied_head_that_stays_behind(tmp_path: Path) -> None:
 )
 def test_checkpoints_that_hold_no_adapter(tmp_path: Path, about: dict[str, Any], line: str) -> None:
     path = checkpoint.write(tmp_path, 0, {"x": torch.zeros(1)}, about)
-    assert line in complaint(lambda: peft.of_checkpoint(path))
+    assert line in complaint(lambda: peft.Checkpoint(path))
 
 
 def test_an_in_memory_adapter_is_checked_too() -> None:

@@ -390,6 +390,7 @@ class Plan:
 
     config: LoraConfig
     source: peft.Adapter | None  # where it is already; None: it is new, or comes from the run's checkpoint
+    low_rank: int  # how many weights A and B have, over all linears
 
     @classmethod
     def of(cls, cfg: LoraConfig, shape: Shape, saved: Mapping[str, Any] | None = None) -> "Plan":
@@ -414,18 +415,15 @@ class Plan:
         else:
             own = cfg
         config = replace(own, lora_dropout=cfg.lora_dropout, loraplus_lr_ratio=cfg.loraplus_lr_ratio, name=cfg.name, path=None)
-        peft.tensors(config, shape)
+        low_rank = sum(slot.r * sum(slot.shape) for slot in slots(config, shape).values())
+        peft.saved(config, shape)  # what it refuses is refused now
         if config.init_lora_weights == "pissa":
             pissa.check(config, shape)
-        return cls(config, source)
+        return cls(config, source, low_rank)
 
     def tensors(self, shape: Shape) -> Mapping[str, tuple[int, ...]]:
         """Name → shape of what is trained."""
         return peft.tensors(self.config, shape)
-
-    def low_rank(self, shape: Shape) -> int:
-        """How many weights A and B of the trained adapter have."""
-        return sum(slot.r * sum(slot.shape) for slot in slots(self.config, shape).values())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -434,10 +432,8 @@ class Plan:
 
     def check_base(self, base: str) -> None:
         """Refuse an adapter that was trained on other weights than those with the fingerprint `base`. Raises MegamodError."""
-        if self.source is not None and self.source.base not in (None, base):
-            raise MegamodError(
-                f"lora.path: an adapter of another base: its weights had the fingerprint {self.source.base}, these have {base}"
-            )
+        if self.source is not None:
+            peft.check_fingerprint(self.source, base, "lora.path")
 
     def begun(self, base: str, shape: Shape) -> str:
         """What the folder of PiSSA's beginning is called: on other weights, modules or ranks it is another one."""

@@ -525,11 +525,6 @@ def _dtype_named(name: Any, manifest: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def of_checkpoint(path: str | Path) -> Checkpoint:
-    """The adapter in the checkpoint at `path`. Raises MegamodError: see `Checkpoint`."""
-    return Checkpoint(path)
-
-
 def opened(path: str | Path, shape: Shape) -> Peft | Checkpoint:
     """The adapter at `path`, which fits a base of `shape`: a PEFT directory; a checkpoint, or a directory with the newest.
 
@@ -612,11 +607,14 @@ def check(source: Source, cfg: LoraConfig, shape: Shape, where: str) -> None:
 
 def check_base(adapter: Adapter, base: Source, shape: Shape, where: str) -> None:
     """Refuse an adapter that was trained beside other weights than `base`'s, where it says which. Raises MegamodError."""
-    if adapter.base is None:
-        return
-    found = of_source(base, shape)
-    if found != adapter.base:
-        raise MegamodError(f"{where}: an adapter of another base: its weights had the fingerprint {adapter.base}, these have {found}")
+    if adapter.base is not None:  # or the whole base would be read for nothing
+        check_fingerprint(adapter, of_source(base, shape), where)
+
+
+def check_fingerprint(adapter: Adapter, base: str, where: str) -> None:
+    """`check_base`, of a base whose fingerprint is known. Raises MegamodError."""
+    if adapter.base not in (None, base):
+        raise MegamodError(f"{where}: an adapter of another base: its weights had the fingerprint {adapter.base}, these have {base}")
 
 
 def whole(source: Source) -> dict[str, Tensor]:
