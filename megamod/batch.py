@@ -1,13 +1,15 @@
 """A micro-batch: packed tokens, and all that a loss may ask of them.
 
 The model reads the row (`tokens`, `positions`, `lengths`); a loss reads the labelled columns (`labels`, `verdict`, `weight`,
-`sequence`), `[N]` each, where N counts the labelled positions of this rank. Labels are shifted already: `labels[i]` is what
-the model should say after the token at `rows[i]`.
+`sequence`, `reference`), `[N]` each, where N counts the labelled positions of this rank. Labels are shifted already: `labels[i]`
+is what the model should say after the token at `rows[i]`; with a head of scores it is the set of classes there, as bits.
+
+What is known of whole documents (`side`, `document_weight`) is `[S]`, and of pairs (`pairs`, `margin`) `[P]`, on every rank alike.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,8 +18,17 @@ from torch import Tensor
 from megamod.errors import MegamodError, nearest
 from megamod.parallel.collectives import all_sum
 
-Unit = Literal["tokens", "weights", "samples"]
-UNITS: tuple[Unit, ...] = ("tokens", "weights", "samples")
+Unit = Literal["tokens", "weights", "samples", "pairs", "rated", "chosen"]
+UNITS: tuple[Unit, ...] = ("tokens", "weights", "samples", "pairs", "rated", "chosen")
+PER_RANK = ("tokens", "weights", "chosen")  # of the labels that lie on this rank; the others are of whole documents
+MEANING: Mapping[Unit, str] = {
+    "tokens": "labelled tokens",
+    "weights": "labelled tokens with a weight",
+    "samples": "documents with a label",
+    "pairs": "pairs of a better and a worse answer (`chosen` and `rejected`)",
+    "rated": "answers that are said to be wanted or unwanted",
+    "chosen": "labelled tokens of wanted answers",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Batch:
-    """`T` tokens of `S` documents back to back; `N` of the positions are labelled.
+    """`T` tokens of `S` documents back to back, P pairs among them; `N` of the positions are labelled.
 
     Built on the host with `cp_rank` 0 of 1; `slice` gives a context-parallel rank its stretch of the row, `to` moves it.
     """
@@ -39,28 +50,64 @@ class Batch:
     positions: Tensor  # [T] int64: 0, 1, … from the start of each document; [3, T] with mRoPE. The whole row's, also after `slice`
     lengths: tuple[int, ...]  # S document lengths, which sum to T
     rows: Tensor  # [N] int64: where the labelled positions are in `tokens`
-    labels: Tensor  # [N] int64: the token to be predicted there
+    labels: Tensor  # [N] int64: the token to be predicted there; with a head of scores, the classes that hold there, as bits
     verdict: Tensor  # [N] bool: whether that token belongs to the verdict
     weight: Tensor  # [N] float: the weight of that token
     sequence: Tensor  # [N] int64: which document it belongs to
-    totals: Mapping[Unit, Tensor] = field(default_factory=dict)  # unit → its count in the whole step; none: this batch is the step
+    document_weight: Tensor = None  # type: ignore[assignment]  # [S] float; left out: 1
+    side: Tensor = None  # type: ignore[assignment]  # [S] int64: 1 a wanted answer, -1 an unwanted one, 0 neither; left out: 0
+    pairs: Tensor = None  # type: ignore[assignment]  # [2, P] int64: the better and the worse document of each pair; left out: none
+    margin: Tensor = None  # type: ignore[assignment]  # [P] float: by how much the better one is better; left out: 0
+    stored: Tensor | None = None  # [N] float: the reference model's log-probabilities of `labels`; None: read `reference`
+    divergence: Tensor | None = None  # scalar: KTO's KL over the whole step; None: read `kl`
+    totals: Mapping[Unit, float] = field(default_factory=dict)  # unit → its count in the whole step; none: this batch is the step
     cp: dist.ProcessGroup | None = None  # the ranks that share the row
     seed: int = 0  # of what is drawn at random for this micro-batch: the same on every grid
+
+    def __post_init__(self) -> None:
+        left_out = {
+            "document_weight": lambda: torch.ones(self.sequences, dtype=self.weight.dtype, device=self.weight.device),
+            "side": lambda: torch.zeros(self.sequences, dtype=torch.long, device=self.rows.device),
+            "pairs": lambda: torch.zeros(2, 0, dtype=torch.long, device=self.rows.device),
+            "margin": lambda: self.weight.new_zeros(self.pairs.shape[1]),
+        }
+        for name, make in left_out.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, make())
 
     @property
     def sequences(self) -> int:
         """S."""
         return len(self.lengths)
 
+    @property
+    def reference(self) -> Tensor:
+        """`[N]` log-probabilities of `labels` under the reference model. Raises MegamodError where the loss is not marked as needing it."""
+        if self.stored is None:
+            raise MegamodError('the loss reads batch.reference: mark it with @losses.needs("reference")')
+        return self.stored
+
+    @property
+    def kl(self) -> Tensor:
+        """KTO's estimate of KL(model ‖ reference) over the whole step, a scalar ≥ 0 without a gradient. Raises as `reference` does."""
+        if self.divergence is None:
+            raise MegamodError('the loss reads batch.kl: mark it with @losses.needs("reference", "kl")')
+        return self.divergence
+
     def counts(self) -> dict[Unit, Tensor]:
         """How much of each unit this micro-batch holds; summed over the step and the data-parallel ranks they are `totals`.
 
-        Read on the whole row, before `slice`.
+        Read on the whole row, before `slice`. Documents and pairs count with the weight that the data gives them.
         """
+        is_labelled = torch.zeros(self.sequences, dtype=torch.float64).index_fill(0, self.sequence, 1.0)  # [S]
+        weight = self.document_weight.double()
         return {
             "tokens": torch.tensor(float(len(self.labels)), dtype=torch.float64),
             "weights": self.weight.double().sum(),
-            "samples": torch.tensor(float(len(self.sequence.unique())), dtype=torch.float64),
+            "samples": (weight * is_labelled).sum(),
+            "pairs": weight[self.pairs[0]].sum(),
+            "rated": weight[self.side != 0].sum(),
+            "chosen": (self.side[self.sequence] == 1).sum().double(),
         }
 
     def slice(self, rank: int, size: int, group: dist.ProcessGroup | None) -> "Batch":
@@ -71,14 +118,17 @@ class Batch:
         assert width * size == len(self.tokens), "the rows were checked against the grid: parallel.grid.check_rows"
         first = rank * width
         mine = (self.rows >= first) & (self.rows < first + width)
-        columns = {name: getattr(self, name)[mine] for name in ("labels", "verdict", "weight", "sequence")}
+        labelled = ("labels", "verdict", "weight", "sequence", "stored")
+        columns: dict[str, Any] = {name: value[mine] for name, value in self._tensors() if name in labelled}
         return replace(self, tokens=self.tokens[first : first + width], rows=self.rows[mine] - first, cp=group, **columns)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
-        tensors = ("tokens", "positions", "rows", "labels", "verdict", "weight", "sequence")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self._tensors()}
         return replace(self, **moved)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(f.name, value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)]
 
     def mean(self, x: Tensor, over: Unit) -> Tensor:
         """This micro-batch's share of a mean over the whole step: `x.sum()` ÷ the global count of `over`.
@@ -87,21 +137,43 @@ class Batch:
         size, packing, padding, data and context parallelism cannot change a loss.
 
         Args:
-            x: `[N]` for tokens and weights (for weights, `batch.weight` times something); `[S]` for samples, as
-                `per_sequence` gives it. Samples without a label must contribute 0.
-            over: tokens — labelled positions; weights — the sum of their weights; samples — documents with a label.
+            x: `[N]` for tokens, weights (`batch.weight` times something) and chosen (0 where the document is not wanted); `[S]`
+                for samples and rated, as `per_sequence` gives it; `[P]` for pairs, as `of_pairs` gives it.
+            over: tokens — labelled positions; weights — the sum of their weights; chosen — labelled positions of wanted answers;
+                samples — documents with a label; rated — those that are wanted or unwanted; pairs. Of documents and pairs each
+                counts with its weight; those that are not counted do not contribute.
+
+        Raises:
+            MegamodError: no such unit, or the whole step has none of it.
         """
         if over not in UNITS:
             raise MegamodError(f"batch.mean(over={over!r}): {nearest(over, UNITS)}")
         assert self.totals or self.cp is None, "the step's counts are taken from whole rows: step.with_totals"
-        total = (self.totals or self.counts())[over].to(x.dtype)
-        share = x.sum() / torch.where(total > 0, total, 1.0)  # a step without any: 0, and zero gradients
-        # Context-parallel ranks hold the same `[S]`, and the objective is the sum over them.
-        return share / self.cp.size() if over == "samples" and self.cp is not None else share
+        total = float((self.totals or self.counts())[over])
+        if not total > 0:
+            raise MegamodError(f"a mean over {over!r}, and the step has no {MEANING[over]}")
+        if over in PER_RANK:
+            return x.sum() / total
+        # Context-parallel ranks hold the same documents, and the objective is the sum over them.
+        return (x * self._shares(over).to(x.dtype)).sum() / (total * (self.cp.size() if self.cp is not None else 1))
+
+    def _shares(self, over: Unit) -> Tensor:
+        """The weight with which each document `[S]`, or pair `[P]`, counts."""
+        if over == "pairs":
+            return self.document_weight[self.pairs[0]]
+        return torch.where(self.side != 0, self.document_weight, 0.0) if over == "rated" else self.document_weight
 
     def per_sequence(self, x: Tensor) -> Tensor:
         """`[N]` → `[S]`: the sum of `x` over each document's labelled positions, wherever in the row's ranks they lie."""
         return all_sum(x.new_zeros(self.sequences).index_add(0, self.sequence, x), self.cp)
+
+    def of_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[S]` → `[P]` and `[P]`: `x` of each pair's better and of its worse document."""
+        return x[self.pairs[0]], x[self.pairs[1]]
+
+    def classes(self, number: int) -> Tensor:
+        """`[N, number]` 0 or 1, int64: which of a head's `number` classes hold at each labelled position."""
+        return self.labels[:, None] >> torch.arange(number, device=self.labels.device) & 1
 
     def mean_of(self, x: Tensor, where: Tensor | None = None) -> Mean:
         """A metric: the mean of `x` over the whole step, or over the elements that the mask `where` keeps."""

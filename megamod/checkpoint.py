@@ -2,7 +2,8 @@
 
     <run>/checkpoints/step-00000100/
         manifest.json           step, updates, what made it, for each tensor its shape and pieces, and a CRC-32 of all that
-        rank-00000.safetensors  this rank's pieces of fp32 masters and Adam's moments; each element is in one file only
+        rank-00000.safetensors  this rank's pieces of fp32 masters and Adam's moments (and of a reference model that follows); each
+                                element is in one file only
     <run>/checkpoints/latest    the name of the newest whole checkpoint; written last
 
 A piece is a box of a Hugging Face tensor, with a CRC-32 that is checked when it is read. A checkpoint is written under a
@@ -29,15 +30,23 @@ from megamod.errors import MegamodError, listed
 from megamod.optim import KINDS, Optimizer
 from megamod.parallel.collectives import gathered, together
 from megamod.parallel.grid import Grid
-from megamod.weights.table import Box, boxes, overlap
+from megamod.weights.table import Box, Placed, boxes, overlap
 
 FORMAT = 1
+REFERENCE = "reference"  # a kind of tensor beside the optimizer's KINDS
 TRACKER = "latest"
 FILE = "rank-{:05d}.safetensors"
 Entry = tuple[str, list[int], dict[str, Any]]  # of the manifest: a tensor, its shape, and one stored piece of it
 
 
-def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, about: Mapping[str, Any] | None = None) -> Path:
+def save(
+    directory: str | Path,
+    step: int,
+    optimizer: Optimizer,
+    grid: Grid,
+    about: Mapping[str, Any] | None = None,
+    reference: Sequence[Placed] = (),
+) -> Path:
     """Write the state after `step` steps to `<directory>/step-<step>`; every rank calls it. Returns the path.
 
     When that is what `latest` names (a run that began again in the same directory), `-again` is added: until the new one is
@@ -46,11 +55,12 @@ def save(directory: str | Path, step: int, optimizer: Optimizer, grid: Grid, abo
     Args:
         directory: the run's checkpoints; shared by all ranks.
         about: JSON that `resume` hands back: what the caller needs to go on.
+        reference: weights that follow the optimizer's, parameter by parameter: kept beside its moments, in their own dtype.
     """
     final, draft = _names(Path(directory), step)
     file = FILE.format(grid.rank)
     together(lambda: _prepare(draft), acts=grid.rank == 0)
-    entries = together(lambda: _write_own(_own_pieces(optimizer, file), draft / file))
+    entries = together(lambda: _write_own(_own_pieces(optimizer, file, reference), draft / file))
     contents = _contents(step, optimizer.steps, about, gathered(entries or []))
     together(lambda: _finish(contents, draft, final), acts=grid.rank == 0)
     return final
@@ -148,8 +158,8 @@ def read_about(path: str | Path) -> tuple[int, dict[str, Any]]:
     return manifest["step"], manifest["about"]
 
 
-def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
-    """Fill the optimizer's masters and moments, and the weights, from the checkpoint at `path`, on whatever grid this is.
+def resume(path: str | Path, optimizer: Optimizer, reference: Sequence[Placed] = ()) -> tuple[int, dict[str, Any]]:
+    """Fill the optimizer's masters and moments, the weights, and the `reference`'s, from the checkpoint at `path`, on any grid.
 
     Returns:
         The step it was saved after, and `about`.
@@ -160,7 +170,7 @@ def resume(path: str | Path, optimizer: Optimizer) -> tuple[int, dict[str, Any]]
     path = Path(path)
     manifest = _manifest(path)
     _check_model(path, manifest, optimizer)
-    together(lambda: _fill(path, manifest, optimizer))
+    together(lambda: _fill(path, manifest, optimizer, reference))
     optimizer.restore(manifest["updates"])
     return manifest["step"], manifest["about"]
 
@@ -220,28 +230,35 @@ class Masters:
         return result
 
 
-def _fill(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Read what this rank's segments need."""
+def _fill(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer, reference: Sequence[Placed]) -> None:
+    """Read what this rank's segments need, and its share of the reference's weights."""
     stored = _Stored(path, manifest)
     for segment in optimizer.segments:
         for kind in KINDS:
             target = optimizer.tensor(segment, kind)
             for start, stop, box in boxes(segment.piece, segment.start, segment.stop):
                 stored.fill(target[start - segment.start : stop - segment.start].view(box[1]), segment.piece.hf, kind, box)
+    for item in reference:
+        for piece in item.pieces:
+            stored.fill(piece.of(item.param.detach()), piece.hf, REFERENCE, (piece.offset, piece.size))
 
 
-def _own_pieces(optimizer: Optimizer, file: str) -> tuple[dict[str, Tensor], list[Entry]]:
+def _own_pieces(optimizer: Optimizer, file: str, reference: Sequence[Placed]) -> tuple[dict[str, Tensor], list[Entry]]:
     """What this rank writes: tensors by key, and their manifest entries."""
     tensors: dict[str, Tensor] = {}
     entries = []
+    theirs = {piece: item.param.detach() for item in reference for piece in item.pieces}
     for segment in optimizer.segments:
         piece = segment.piece
         if not piece.owned:
             continue
-        for start, stop, (offset, size) in boxes(piece, segment.start, segment.stop):
-            for kind in KINDS:
-                data = optimizer.tensor(segment, kind)[start - segment.start : stop - segment.start].to("cpu").contiguous().clone()
-                entry = _entry(piece.hf, kind, data, (offset, size), file)
+        kinds = {kind: optimizer.tensor(segment, kind) for kind in KINDS}
+        if piece in theirs:
+            kinds[REFERENCE] = piece.of(theirs[piece]).reshape(-1)[segment.start : segment.stop]
+        for start, stop, box in boxes(piece, segment.start, segment.stop):
+            for kind, values in kinds.items():
+                data = values[start - segment.start : stop - segment.start].to("cpu").contiguous().clone()
+                entry = _entry(piece.hf, kind, data, box, file)
                 tensors[entry["key"]] = data
                 entries.append((piece.hf, list(piece.shape), entry))
     return tensors, entries

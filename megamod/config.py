@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from megamod import losses
 from megamod.errors import MegamodError, nearest
+from megamod.model.shape import Score
 from megamod.verdicts import Format, format_of
 
 Recompute = Literal["none", "selective", "full"]
@@ -30,6 +31,7 @@ Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen_attn", "refere
 Linear = Literal["megatron", "transformer_engine"]
 Dtype = Literal["bfloat16", "float32", "float64"]
 InitLora = Literal["default", "gaussian", "pissa"]
+ReferenceKind = Literal["start", "base", "adapter", "model", "stored", "uniform"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Scoring = Literal["whole", "first_token"]  # of label strings: all their tokens, or those that tell them apart
 T = TypeVar("T")
@@ -60,6 +62,7 @@ class ModelConfig:
     recompute_modules: tuple[str, ...] | None = None  # selective: core_attn, mlp or both; None: core_attn
     attention: Attention = "auto"
     linear: Linear = "megatron"
+    score: Score | None = None  # a head of scores in the vocabulary's place; None: what path's own config.json says
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] | None = None  # from 0; None: all
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # the end of a name, or a regular expression of it → its own r
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # the same → its own lora_alpha
-    modules_to_save: tuple[str, ...] = ()  # embed_tokens, lm_head: trained whole, in a copy that belongs to the adapter
+    modules_to_save: tuple[str, ...] = ()  # embed_tokens, lm_head: trained whole, in the adapter's own copy; a head of scores always is
     lora_dropout: float = 0.0  # of what A reads; W always reads all, with DoRA too (where PEFT's W reads what dropout leaves)
     use_rslora: bool = False
     use_dora: bool = False  # directions by LoRA, a magnitude of its own for each output (Liu et al. 2024, arXiv:2402.09353)
@@ -89,6 +92,28 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class ReferenceConfig:
+    """The model that a preference loss compares with: whose log-probabilities are `batch.reference`.
+
+    start     the model as the run begins: with a new adapter the base beneath it, with `lora.path` that adapter, frozen beside the
+              trained one, and without adapters a second copy of the weights
+    base      the base without any adapter, also where the run goes on from one
+    adapter   another adapter on the same base, at `path`: a PEFT directory or a checkpoint
+    model     other weights of the same shape, at `path`: a Hugging Face directory
+    stored    what tools/reference_logprobs.py wrote to `path`: no reference model is in memory
+    uniform   every answer alike, log-probability 0: reference-free
+
+    With `sync_every` the reference follows the trained model (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656): every so many steps
+    θ_ref ← α·θ + (1 - α)·θ_ref.
+    """
+
+    kind: ReferenceKind = "start"
+    path: str | None = None
+    sync_every: int | None = None  # steps; None: it stays as it is
+    sync_alpha: float = 1.0  # α; with adapters only 1, since a mixture of two adapters is no adapter of their rank
+
+
+@dataclass(frozen=True)
 class SyntheticData:
     """Random documents for benchmarks and rehearsals: log-normal lengths, the last `labelled` share of each one trained."""
 
@@ -96,6 +121,7 @@ class SyntheticData:
     mean_length: int = 200
     sigma: float = 0.8
     labelled: float = 0.08
+    pairs: bool = False  # every two documents are a better and a worse answer to one prompt, as preference losses take them
 
 
 @dataclass(frozen=True)
@@ -198,6 +224,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig | None = None
     lora: LoraConfig | None = None  # None: every weight is trained
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)  # read only where the loss needs one
     seed: int = 1
     deterministic: bool = False  # bitwise the same from run to run on the same grid
 
@@ -234,16 +261,19 @@ def override(node: T, items: Sequence[str]) -> T:
 
 def _run_file(path: Path) -> dict[str, Any]:
     """Run a config file as a script in its own folder is run: it may import its neighbours, to derive a run from another's."""
-    folder, before = str(path.resolve().parent), set(sys.modules)
-    sys.path.insert(0, folder)
+    folder = path.resolve().parent
+    neighbours = {file.stem for file in folder.glob("*.py")} & sys.modules.keys()  # of these names, someone else's modules
+    others, before = {name: sys.modules.pop(name) for name in neighbours}, set(sys.modules)
+    sys.path.insert(0, str(folder))
     try:
         # The name is the one under which `save` writes functions of the file.
         return _guarded(path, lambda: runpy.run_path(str(path), run_name=str(path)))
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))
         for name in set(sys.modules) - before:  # a neighbour is read again next time, and its name is free for another folder's
-            if str(Path(getattr(sys.modules[name], "__file__", None) or "").parent) == folder:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == folder:
                 del sys.modules[name]
+        sys.modules.update(others)
 
 
 def _guarded(path: str | Path, act: Callable[[], T]) -> T:
@@ -284,6 +314,7 @@ def check(cfg: RunConfig) -> None:
             "data.train is made up, and there is no eval",
         ),
     ]  # fmt: skip
+    unused += _unused_reference(cfg)
     lora = cfg.lora
     if lora is not None and m.linear != "megatron":
         raise MegamodError(f"model.linear = {m.linear!r}: an adapted linear is multiplied with its adapter: use 'megatron'")
@@ -306,6 +337,8 @@ def check(cfg: RunConfig) -> None:
         raise MegamodError(f"optim.min_lr = {o.min_lr} is above optim.lr = {o.lr}")
     if m.recompute_modules == ():
         raise MegamodError("model.recompute_modules is empty: name some, or set model.recompute to 'none'")
+    if m.score is not None and (fault := m.score.fault()):
+        raise MegamodError(f"model.score: {fault}")
     for module in m.recompute_modules or ():
         if module not in (choices := ("core_attn", "mlp")):
             raise MegamodError(f"model.recompute_modules: {module!r}, {nearest(module, choices)}")
@@ -314,7 +347,7 @@ def check(cfg: RunConfig) -> None:
         ("data.row_length", cfg.data.row_length, 1), ("data.rows_per_step", cfg.data.rows_per_step, 1),
         ("data.rows_per_micro_batch", cfg.data.rows_per_micro_batch, 1), ("optim.lr", o.lr, 0), ("optim.warmup_steps", o.warmup_steps, 0),
         ("optim.weight_decay", o.weight_decay, 0), ("optim.min_lr", o.min_lr, 0), ("optim.decay_steps", o.decay_steps, 1),
-        ("optim.eps", o.eps, 0), ("parallel.timeout_minutes", p.timeout_minutes, 1),
+        ("reference.sync_every", cfg.reference.sync_every, 1), ("optim.eps", o.eps, 0), ("parallel.timeout_minutes", p.timeout_minutes, 1),
         *((f"parallel.{n}", getattr(p, n), 1) for n in ("tp", "pp", "vpp", "cp")),
     ]  # fmt: skip
     if e is not None:
@@ -349,6 +382,41 @@ def check(cfg: RunConfig) -> None:
             re.compile(pattern)
         except re.error as error:
             raise MegamodError(f"optim.no_decay: {pattern!r} is no regular expression: {error}") from None
+
+
+def _unused_reference(cfg: RunConfig) -> list[tuple[bool, str, str]]:
+    """What of `cfg.reference` nothing would read: whether, the key, why. Raises MegamodError for what does not go together."""
+    r, needs, name = cfg.reference, losses.needs_of(cfg.loss), loss_name(cfg.loss)
+    follows = r.sync_every is not None
+    if r.kind in ("base", "adapter") and cfg.lora is None:
+        raise MegamodError(f"reference.kind = {r.kind!r} is of a run with adapters, and lora is None: use 'start' or 'model'")
+    if (has := r.kind in ("adapter", "model", "stored")) and r.path is None:
+        raise MegamodError(f"reference.kind = {r.kind!r} needs reference.path")
+    if follows and r.kind not in ("start", "model"):
+        raise MegamodError(f"reference.sync_every: a reference of kind {r.kind!r} has no weights that could follow: use 'start'")
+    if follows and cfg.lora is not None and (r.kind == "model" or r.sync_alpha != 1.0):
+        raise MegamodError("reference.sync_every with lora: a mixture of two models is no adapter: use kind 'start' and sync_alpha = 1")
+    if not 0 < r.sync_alpha <= 1:
+        raise MegamodError(f"reference.sync_alpha = {r.sync_alpha}: above 0 and at most 1 was expected")
+    if "kl" in needs and r.kind == "stored":
+        raise MegamodError(f"reference.kind = 'stored': {name} asks the reference about answers to other rows' prompts too: use 'start'")
+    return [
+        (r != ReferenceConfig() and "reference" not in needs, "reference", f"the loss {name} needs none"),
+        (r.path is not None and not has, "reference.path", f"reference.kind is {r.kind!r}"),
+        (r.sync_alpha != 1.0 and not follows, "reference.sync_alpha", "reference.sync_every is None"),
+    ]
+
+
+def loss_name(function: Callable[..., Any]) -> str:
+    """What a loss is called, whatever `functools.partial` binds."""
+    return _name(_innermost(function))
+
+
+def _innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What `functools.partial`s are partials of."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _check_loss(function: Callable[..., Any]) -> None:
@@ -457,8 +525,7 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
 
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     """The types that a function's arguments declare; none where they cannot be known here."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = _innermost(function)
     try:
         return typing.get_type_hints(function if inspect.isroutine(function) else type(function).__call__)
     except (NameError, TypeError, AttributeError):

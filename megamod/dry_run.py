@@ -6,7 +6,7 @@ shapes alone. What would fail at the start of a job on 128 GPUs fails here.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,13 @@ from megamod.config import RunConfig, SyntheticData
 from megamod.data.documents import synthetic
 from megamod.data.loader import Loader
 from megamod.errors import MegamodError
+from megamod.losses import needs_of
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Adapters, Plan
 from megamod.model.shape import Shape
 from megamod.optim import Optimizer
 from megamod.parallel import grid as grids
+from megamod.reference import is_copy
 from megamod.step import train_step
 from megamod.weights.table import Placed, hf_shapes, placed
 
@@ -34,7 +36,7 @@ class DryRun:
     place: str  # its coordinates
     layers: tuple[int, ...]  # decoder layers of each of its chunks
     parameters: int
-    weight_bytes: int
+    weight_bytes: int  # with a reference model's copy
     gradient_bytes: int
     optimizer_bytes: int  # masters (where they are copies) and moments, of this rank's share
     micro_batches: int
@@ -64,13 +66,17 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
         optimizer = Optimizer(cfg.optim, wrapped, items, grid)
         d = cfg.data
         rows = grid.pp.size * grid.dp.size * d.rows_per_micro_batch  # a micro-batch for each stage
-        made = SyntheticData(documents=2 * rows, mean_length=d.row_length // 2, sigma=0.0)
+        pairs = bool({"pairs", "rated"} & needs_of(cfg.loss))
+        made = SyntheticData(documents=2 * rows, mean_length=d.row_length // 2, sigma=0.0, pairs=pairs)
         loader = Loader(
             synthetic(made, shape.vocab, d.row_length, cfg.seed), row_length=d.row_length, rows_per_step=rows,
             rows_per_micro_batch=d.rows_per_micro_batch, seed=cfg.seed, dp_rank=grid.dp.rank, dp_size=grid.dp.size,
         )  # fmt: skip
-        train_step(wrapped, loader.step(0), cfg.loss, grid)
-        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        compared = build(cfg.model, shape, grid, deterministic=cfg.deterministic)[0] if is_copy(cfg) else []
+        nothing = torch.zeros(())
+        batches = [replace(batch, stored=nothing.expand(len(batch.labels)), divergence=nothing) for batch in loader.step(0)]
+        train_step(wrapped, batches, cfg.loss, grid)
+        parameters, copied = ([p for chunk in part for p in chunk.parameters()] for part in (chunks, compared))
         copies = [s for s in optimizer.segments if s.master.dtype is not s.weight.dtype]
         moments = sum(2 * s.master.numel() * s.master.element_size() for s in optimizer.segments)
         return DryRun(
@@ -78,7 +84,7 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
             place=f"pp {grid.pp.rank} · dp {grid.dp.rank} · cp {grid.cp.rank} · tp {grid.tp.rank}",
             layers=tuple(len(chunk.decoder.layers) for chunk in chunks),
             parameters=sum(p.numel() for p in parameters),
-            weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            weight_bytes=sum(p.numel() * p.element_size() for p in (*parameters, *copied)),
             gradient_bytes=sum(b.grad_data.numel() * b.grad_data.element_size() for chunk in wrapped for b in chunk.buffers),
             optimizer_bytes=moments + sum(s.master.numel() * s.master.element_size() for s in copies),
             micro_batches=count,

@@ -43,3 +43,12 @@ def expected(what: str, at: os.PathLike[str] | str | None = None) -> Iterator[No
         yield
     except OSError as error:
         raise MegamodError(f"{at or error.filename}: {error.strerror or error}: {what} was expected") from None
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """`with during("loss dpo, step 3"):` — what a MegamodError inside says begins with these words."""
+    try:
+        yield
+    except MegamodError as error:
+        raise MegamodError(f"{what}: {error}") from None

@@ -23,12 +23,12 @@ from megamod.evaluate.judge import judge
 from megamod.evaluate.metrics import Judged
 from megamod.model.build import build
 from megamod.model.lora import Adapters
-from megamod.model.shape import read_shape
+from megamod.model.shape import read_shape, score_from_json
 from megamod.parallel import grid as grids
 from megamod.parallel.collectives import together
 from megamod.verdicts import Format
 from megamod.weights import fingerprint, peft
-from megamod.weights.load import Safetensors, Source, load
+from megamod.weights.load import Source, load, weights_at
 
 Conversation = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Row  # a user's message, `messages`, a JSONL row, a Row
 
@@ -63,7 +63,7 @@ class Moderator:
         format: str | Format | None = None,
         row_length: int = 4096,
     ) -> None:
-        origin, source, settings, own = _open(Path(path))
+        origin, masters, settings, own = _open(Path(path))
         paths = {**(adapters or {}), **own}  # a given one comes first, and so counts
         if len(paths) < len(adapters or {}) + len(own):
             raise MegamodError(f"adapters: {next(iter(own))!r} is the name of the checkpoint's own adapter: use another")
@@ -72,6 +72,11 @@ class Moderator:
         if format is not None:
             settings = replace(settings, format=format)
         shape = read_shape(origin)
+        if masters is not None:
+            shape = shape.scored(score_from_json(masters.about.get("shape", {}).get("score"), f"{path}: shape.score"))
+        elif paths:
+            shape = peft.shape_with(next(iter(paths.values())), shape)
+        source: Source = masters or weights_at(origin, shape, 0)  # where a head of scores would be drawn, an adapter brings its own
         opened = {name: peft.opened(where, shape) for name, where in paths.items()}
         if row_length < 1:
             raise MegamodError(f"row_length = {row_length}: must be at least 1")
@@ -92,7 +97,7 @@ class Moderator:
                 together(partial(self._adapters.fill, name, one))
             for chunk in self._chunks:
                 chunk.to(self._grid.device).requires_grad_(False)
-            encoder = together(lambda: chat.encoder(settings, str(origin), row_length))
+            encoder = together(lambda: chat.encoder(settings, str(origin), row_length, shape.score))
         except MegamodError:
             self.close()
             raise
@@ -141,18 +146,16 @@ class Moderator:
         self.close()
 
 
-def _open(path: Path) -> tuple[Path, Source, ChatConfig, dict[str, str | Path]]:
-    """Where tokenizer and config.json are, where the weights are, how conversations became tokens, and the path's own adapter."""
+def _open(path: Path) -> tuple[Path, checkpoint.Masters | None, ChatConfig, dict[str, str | Path]]:
+    """Where tokenizer and config.json are, a full run's weights, how conversations became tokens, and the path's own adapter."""
     if (path / "config.json").is_file():
-        return path, Safetensors(path), chat.read_settings(path, ChatConfig()), {}
+        return path, None, chat.read_settings(path, ChatConfig()), {}
     if (path / "manifest.json").is_file():
         masters = checkpoint.Masters(path)
         origin, settings = Path(str(masters.about.get("model.path"))), chat.of_run(masters.about, path)
         if not origin.is_dir():
             raise MegamodError(f"{path}: its run began from {origin}, which is not here: judge where the run was started, or its export")
-        if masters.about.get("lora"):
-            return origin, Safetensors(origin), settings, {"default": path}
-        return origin, masters, settings, {}
+        return (origin, None, settings, {"default": path}) if masters.about.get("lora") else (origin, masters, settings, {})
     raise MegamodError(f"{path}: neither a Hugging Face directory (config.json) nor a run's checkpoint (<run>/checkpoints/step-…)")
 
 

@@ -25,6 +25,7 @@ from megamod.parallel.collectives import gathered
 from megamod.parallel.grid import Grid
 
 Metrics = dict[str, Mean]
+Chunks = Sequence[DistributedDataParallel | Decoder]  # a rank's, bare or wrapped
 # what a schedule takes of a micro-batch on the last stage: an objective for backward, megatron-core's count, and what to keep
 Kept = TypeVar("Kept")
 OnLastStage = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
@@ -46,7 +47,8 @@ def _on_last_stage(hidden: Tensor, *, chunk: torch.nn.Module, batch: Batch, ask:
 def _objective(head: Head, batch: Batch, *, loss: LossFunction) -> tuple[Tensor, Metrics]:
     value, metrics = _checked(loss(head, batch))
     share = Mean(value.detach(), torch.zeros_like(value))  # already divided: its count of 1 is added once, in `_totalled`
-    return value, {"loss": share, **metrics}
+    # A constant that is not finite would go unseen by the gradients, whose norm tells every rank whether the step counts.
+    return value * torch.where(value.detach().isfinite(), 1.0, torch.nan), {"loss": share, **metrics}
 
 
 def _checked(result: Loss) -> Loss:
@@ -82,9 +84,7 @@ def train_step(
 
 
 @torch.no_grad()
-def eval_step(
-    chunks: Sequence[DistributedDataParallel | Decoder], batches: Sequence[Batch], loss: LossFunction, grid: Grid
-) -> dict[str, float | Tensor]:
+def eval_step(chunks: Chunks, batches: Sequence[Batch], loss: LossFunction, grid: Grid) -> dict[str, float | Tensor]:
     """The same metrics without gradients."""
     for chunk in chunks:
         chunk.eval()
@@ -92,9 +92,7 @@ def eval_step(
 
 
 @torch.no_grad()
-def collect(
-    chunks: Sequence[DistributedDataParallel | Decoder], batches: Sequence[Batch], ask: Callable[[Head, Batch], Tensor], grid: Grid
-) -> list[Tensor]:
+def collect(chunks: Chunks, batches: Sequence[Batch], ask: Callable[[Head, Batch], Tensor], grid: Grid) -> list[Tensor]:
     """Ask the head about micro-batches, forward only, dropout off: what references, batch statistics and verdicts come from.
 
     Args:
@@ -147,9 +145,10 @@ def _run(chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], ask: Ask[K
 def with_totals(batches: Sequence[Batch], grid: Grid) -> list[Batch]:
     """The micro-batches with the step's global counts, known before any forward pass: one all-reduce."""
     counts = [batch.counts() for batch in batches]
-    local = torch.stack([sum((c[unit] for c in counts), torch.zeros((), dtype=torch.float64)) for unit in UNITS]).to(grid.device)
+    local = torch.stack([sum((c[unit] for c in counts), torch.zeros((), dtype=torch.float64)) for unit in UNITS])
+    local = local if grid.device.type == "meta" else local.to(grid.device)  # on meta tensors nothing could be read back
     dist.all_reduce(local, group=grid.dp.group)
-    totals = dict(zip(UNITS, local.unbind(), strict=True))
+    totals = dict(zip(UNITS, local.tolist(), strict=True))
     return [replace(batch, totals=totals) for batch in batches]
 
 

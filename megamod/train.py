@@ -4,36 +4,42 @@ torchrun --nproc-per-node 2 -m megamod.train configs/tiny.py parallel.tp=2
 """
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from megamod import checkpoint, config, optim
 from megamod.batch import Batch
 from megamod.command import command
-from megamod.config import RunConfig
+from megamod.config import RunConfig, loss_name
 from megamod.data import chat
+from megamod.data.documents import Documents
 from megamod.data.loader import Loader
 from megamod.data.store import open_documents, prepare_all
-from megamod.errors import MegamodError
+from megamod.data.stored import Compared
+from megamod.errors import MegamodError, during
 from megamod.evaluate.validation import Validation, labelled_rows
 from megamod.log import Log, add_to_record, record_run
+from megamod.losses import needs_of
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Plan
 from megamod.model.shape import Shape, read_shape
 from megamod.optim import Optimizer, learning_rate
 from megamod.parallel import grid as grids
 from megamod.parallel.collectives import gathered, on_first, together
+from megamod.reference import Reference, adapter_beside, model_at_start
 from megamod.step import train_step
 from megamod.weights import fingerprint, peft
 from megamod.weights.export import check as check_export
 from megamod.weights.export import export, refuse_taken
-from megamod.weights.load import Random, Safetensors, Source, load
+from megamod.weights.load import Random, Source, load, weights_at
 from megamod.weights.table import hf_shapes
 
 
@@ -65,11 +71,14 @@ def _train(cfg: RunConfig) -> Path:
     optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
 
     d = cfg.data
-    stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data"))
+    stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data", shape.score))
     together(lambda: directory.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
     together(lambda: _see(directory))
     documents = together(lambda: open_documents(d, [store.path for store in stores], shape.vocab, cfg.seed))
     assert documents is not None
+    together(partial(_check_documents, cfg, documents))
+    stored = together(partial(_stored, cfg, documents))
+    documents = stored or documents
     loader = Loader(
         documents, row_length=d.row_length, rows_per_step=d.rows_per_step, rows_per_micro_batch=d.rows_per_micro_batch,
         seed=cfg.seed, dp_rank=grid.dp.rank, dp_size=grid.dp.size,
@@ -81,13 +90,14 @@ def _train(cfg: RunConfig) -> Path:
         "lora": plan.identity if plan is not None else None,
     }  # fmt: skip
     done = first = _steps_done(newest, identity, cfg.steps)
-    validation = together(lambda: _validation(cfg, directory, first))
+    validation = together(lambda: _validation(cfg, shape, directory, first))
     texts = together(lambda: chat.companions(d.chat))  # as they are now: the export is of what was trained
 
     chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     if cfg.checkpoint.export and first < cfg.steps:
         _check_exports(shape, cfg, exports, first)
     source = weights_of(cfg, shape)
+    compared = together(lambda: adapter_beside(cfg, shape, plan))
     base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))
     assert base is not None
     items, adapters, about = base, None, dict(identity)
@@ -95,12 +105,18 @@ def _train(cfg: RunConfig) -> Path:
         before, known = fingerprint.of_model(base, grid, None), fingerprint.of_model(base, grid)
         together(partial(_check_base, newest, plan, known))
         about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
-        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"])
+        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"], compared)
         items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
+    if stored is not None and newest is None:
+        model = model_at_start(fingerprint.of_model(base, grid), plan, adapters, grid)
+        together(partial(stored.check, model))
+    reference = Reference(cfg, shape, grid, wrapped, items, adapters, source, stored)
+    about |= {"reference": reference.identity}
     if newest is not None:
-        checkpoint.resume(newest, optimizer)
+        together(partial(_check_reference, newest, reference.identity))
+        checkpoint.resume(newest, optimizer, reference.items)
 
     log = Log(cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports)
     paths = gathered(adapters.paths if adapters is not None else {})
@@ -121,11 +137,15 @@ def _train(cfg: RunConfig) -> Path:
 
     stopped = validation.stops if validation is not None else None
     while done < cfg.steps and stopped is None:
-        batches = loader.step(done)
-        metrics = train_step(wrapped, batches, cfg.loss, grid)
+        batches = reference.complete(loader.step(done), partial(loader.mismatched, done, grid.pp.size))
+        with during(f"loss {loss_name(cfg.loss)}, step {done + 1}"):
+            metrics = train_step(wrapped, batches, cfg.loss, grid)
         lr = learning_rate(cfg.optim, done, cfg.steps)
         update = optimizer.step(lr)
         done += 1
+        if update.skipped:
+            together(partial(_check_finite, cfg, done, metrics))
+        reference.follow(done)
         flops = grid.dp.size * sum(_flops(shape, plan, batch) for batch in batches)
         values = {**metrics, "lr": lr, "grad_norm": update.grad_norm, **({"skipped": 1.0} if update.skipped else {})}
         log.step(done, values, tokens=d.rows_per_step * d.row_length, flops=flops)
@@ -136,7 +156,7 @@ def _train(cfg: RunConfig) -> Path:
             stopped = validation.stops
         is_best = validation is not None and validation.kept == done
         if done == cfg.steps or stopped is not None or is_best or _is_scheduled(cfg, done):
-            log.say(f"saved {checkpoint.save(checkpoints, done, optimizer, grid, about)}")
+            log.say(f"saved {checkpoint.save(checkpoints, done, optimizer, grid, about, reference.items)}")
             together(partial(_forget_beaten, cfg, checkpoints, validation), acts=grid.rank == 0)
 
     if stopped is not None:
@@ -170,10 +190,10 @@ def _is_scheduled(cfg: RunConfig, step: int) -> bool:
     return cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
 
 
-def _validation(cfg: RunConfig, directory: Path, done: int) -> Validation | None:
+def _validation(cfg: RunConfig, shape: Shape, directory: Path, done: int) -> Validation | None:
     if cfg.eval is None:
         return None
-    encoder = chat.encoder(cfg.data.chat, cfg.model.path, cfg.data.row_length)
+    encoder = chat.encoder(cfg.data.chat, cfg.model.path, cfg.data.row_length, shape.score)
     rows = labelled_rows(cfg.eval, cfg.seed)
     return Validation(
         cfg.eval, rows, encoder, directory, done, cfg.steps, lambda step: checkpoint.at(directory / "checkpoints", step) is not None
@@ -229,6 +249,39 @@ def _check_base(newest: Path | None, plan: Plan, base: str) -> None:
         raise MegamodError(f"{newest}: its adapter was trained on a base with the fingerprint {before}, this one has {base}")
 
 
+def _check_documents(cfg: RunConfig, documents: Documents) -> None:
+    """Refuse answers that the loss cannot learn from, or would learn to give although they are unwanted. Raises MegamodError."""
+    name, needs, unwanted = loss_name(cfg.loss), needs_of(cfg.loss), int((documents.side < 0).sum())
+    if "pairs" in needs and not documents.joined.any():
+        raise MegamodError(f"loss {name} learns from pairs, and data.train has none: rows with chosen and rejected were expected")
+    if "rated" in needs and not documents.side.any():
+        raise MegamodError(f"loss {name} learns from rated answers, and data.train has none: rows with an answer and a label true or false")
+    if unwanted and not needs & {"pairs", "rated"}:
+        raise MegamodError(
+            f"loss {name} does not tell wanted from unwanted answers, and data.train has {unwanted:,} unwanted: use losses.dpo or "
+            f'losses.kto, or mark it with @losses.needs("pairs") or "rated"'
+        )
+
+
+def _stored(cfg: RunConfig, documents: Documents) -> Compared | None:
+    """The documents with the reference's log-probabilities, where these are stored."""
+    path = cfg.reference.path
+    return Compared(documents, path) if cfg.reference.kind == "stored" and path is not None else None
+
+
+def _check_reference(newest: Path, reference: str) -> None:
+    """Refuse to go on with another reference model than the run began with. Raises MegamodError."""
+    before = checkpoint.read_about(newest)[1].get("reference", reference)
+    if before != reference:
+        raise MegamodError(f"{newest}: its loss was compared with the reference {before!r}, this run has {reference!r}")
+
+
+def _check_finite(cfg: RunConfig, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+    """Refuse a loss that is no number; a gradient alone may overflow now and then. Raises MegamodError."""
+    if metrics and not math.isfinite(value := float(metrics["loss"])):
+        raise MegamodError(f"loss {loss_name(cfg.loss)}, step {step}: its value is {value}: a finite number was expected")
+
+
 def _see(directory: Path) -> None:
     if not directory.is_dir():
         raise MegamodError(f"dir = {directory}: rank 0 made it and other nodes do not see it: use storage that all nodes share")
@@ -242,7 +295,10 @@ def _steps_done(newest: Path | None, identity: dict[str, Any], steps: int) -> in
     for key, value in identity.items():
         if (there := saved.get(key)) != value:
             if isinstance(there, dict) and isinstance(value, dict):
-                key += "." + min(name for name in {*there, *value} if there.get(name) != value.get(name))
+                differing = [name for name in {*there, *value} if there.get(name) != value.get(name)]
+                if not differing:  # an option that is None is the same as one that there was not yet
+                    continue
+                key += "." + min(differing)
             raise MegamodError(f"{newest}: saved with another {key}; use another dir, or checkpoint.resume=no to begin again here")
     if done > steps:
         raise MegamodError(f"{newest}: saved after step {done}, and steps = {steps}: use more steps, or another dir")
@@ -250,18 +306,19 @@ def _steps_done(newest: Path | None, identity: dict[str, Any], steps: int) -> in
 
 
 def model_shape(cfg: RunConfig) -> Shape:
-    """The model's shape: `model.shape` if given, which must then agree with the checkpoint's own config.json if that is there."""
-    if cfg.model.shape is None:
-        return read_shape(cfg.model.path)
-    shape = read_shape(cfg.model.shape)
-    if (Path(cfg.model.path) / "config.json").exists() and read_shape(cfg.model.path) != shape:
+    """The model's shape: `model.shape` if given, which must then agree with the checkpoint's own config.json if that is there.
+
+    With `model.score` the vocabulary's head is replaced by a head of scores.
+    """
+    shape = read_shape(cfg.model.path if cfg.model.shape is None else cfg.model.shape)
+    if cfg.model.shape is not None and (Path(cfg.model.path) / "config.json").exists() and read_shape(cfg.model.path) != shape:
         raise MegamodError(f"model.shape = {cfg.model.shape} describes another model than {cfg.model.path}/config.json: remove model.shape")
-    return shape
+    return shape.scored(cfg.model.score)
 
 
 def weights_of(cfg: RunConfig, shape: Shape) -> Source:
     """Where the run's first weights come from."""
-    return Random(shape, cfg.seed) if cfg.model.init == "random" else Safetensors(cfg.model.path)
+    return Random(shape, cfg.seed) if cfg.model.init == "random" else weights_at(cfg.model.path, shape, cfg.seed)
 
 
 class _Parser(argparse.ArgumentParser):

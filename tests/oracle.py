@@ -4,7 +4,7 @@ transformers computes RMSNorm and RoPE in fp32; here both keep the dtype of thei
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tiny
@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamod.batch import Batch
+from megamod.batch import UNITS, Batch
 from megamod.losses import LossFunction
-from megamod.model.head import Head
 
 
 def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -79,28 +78,24 @@ def run(
 
     `before` is told of each document: its batch, and where in the batch it begins.
     """
-    from megamod.batch import UNITS
-
     hf.zero_grad()
-    totals = {unit: sum(batch.counts()[unit] for batch in batches) for unit in UNITS}
+    totals = {unit: float(sum(batch.counts()[unit] for batch in batches)) for unit in UNITS}
     value = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        decoder, lm_head = hf.get_submodule("model"), hf.get_submodule("lm_head")
-        first, pieces = 0, []
-        for tokens, positions in zip(batch.tokens.split(batch.lengths), batch.positions.split(batch.lengths, -1), strict=True):
-            before(batch, first)
-            pieces.append(decoder(tokens[None], position_ids=positions[..., None, :], use_cache=False).last_hidden_state[0])
-            first += len(tokens)
-        head = Head.whole(torch.cat(pieces)[batch.rows], lm_head.weight)
-        value = value + loss(_PlainHead(head.hidden, lm_head.weight), _with(batch, totals)).value
+        head = _PlainHead(hidden(hf, batch, before), hf.get_submodule("lm_head").weight)  # type: ignore[arg-type]
+        value = value + loss(head, replace(batch, totals=totals)).value  # type: ignore[arg-type]
     value.backward()
     return value.detach(), {name: p.grad for name, p in hf.named_parameters() if p.grad is not None}
 
 
-def _with(batch: Batch, totals: Any) -> Batch:
-    from dataclasses import replace
-
-    return replace(batch, totals=totals)
+def hidden(hf: nn.Module, batch: Batch, before: Callable[[Batch, int], None] = lambda batch, token: None) -> Tensor:
+    """`[N, C]`: the hidden states of the labelled positions."""
+    decoder, first, pieces = hf.get_submodule("model"), 0, []
+    for tokens, positions in zip(batch.tokens.split(batch.lengths), batch.positions.split(batch.lengths, -1), strict=True):
+        before(batch, first)
+        pieces.append(decoder(tokens[None], position_ids=positions[..., None, :], use_cache=False).last_hidden_state[0])
+        first += len(tokens)
+    return torch.cat(pieces)[batch.rows]
 
 
 class _PlainHead:

@@ -4,8 +4,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import preferences
 import rows
 import tiny
 import torch
@@ -18,6 +20,7 @@ from megamod.model.build import build, data_parallel
 from megamod.model.head import Head
 from megamod.optim import Optimizer, Segment
 from megamod.parallel.grid import Grid, started
+from megamod.reference import Reference
 from megamod.step import train_step
 from megamod.weights.load import Tensors, load
 from megamod.weights.table import boxes
@@ -41,6 +44,9 @@ def made_rows(model: str) -> list[Batch]:
     return rows.rows(shape.vocab, mrope=shape.rope.mrope_section is not None)
 
 
+EVERYTHING = "everything"
+
+
 @dataclass(frozen=True)
 class Case:
     model: str
@@ -50,11 +56,14 @@ class Case:
     dtype: str = "float64"
     micro_batches: int | None = None  # per rank; None: one, or what a pipeline needs to be one
     overlap: bool = False
+    loss: str = EVERYTHING  # or one of preferences.LOSSES, with a reference model of other weights
+
+    def count(self, grid: Grid) -> int:
+        fewest = grid.pp.size if grid.vpp > 1 else min(grid.pp.size, 2)
+        return self.micro_batches or min(fewest, len(rows.LENGTHS) // grid.dp.size)
 
     def batches(self, grid: Grid) -> list[Batch]:
-        fewest = grid.pp.size if grid.vpp > 1 else min(grid.pp.size, 2)
-        count = self.micro_batches or min(fewest, len(rows.LENGTHS) // grid.dp.size)
-        return rows.shared(made_rows(self.model), grid.dp.rank, grid.dp.size, count)
+        return rows.shared(made_rows(self.model), grid.dp.rank, grid.dp.size, self.count(grid))
 
 
 @dataclass
@@ -76,6 +85,16 @@ def prepare(case: Case, grid: Grid, optim: OptimConfig | None = None, attention:
     items = load(chunks, shape, grid, Tensors(tiny.weights(case.model)))
     wrapped = data_parallel(chunks, grid, overlap=case.overlap)
     return Run(grid, case, Optimizer(optim or OptimConfig(), wrapped, items, grid))
+
+
+def compared(run: Run) -> None:
+    """A step of a preference loss, with the reference in a second model."""
+    case, grid, shape = run.case, run.grid, tiny.shape(run.case.model)
+    loss = preferences.LOSSES[case.loss]
+    reference = Reference(preferences.config(loss), shape, grid, run.optimizer.chunks, (), None, preferences.source(case.model))
+    loader = preferences.loader(case.model, grid.dp.rank, grid.dp.size, case.count(grid))
+    batches = reference.complete(loader.step(0), partial(loader.mismatched, 0, grid.pp.size))
+    run.metrics = train_step(run.optimizer.chunks, batches, loss, grid)
 
 
 @contextmanager
@@ -122,8 +141,11 @@ def _compare_on_a_grid(cases: list[Case], expected: dict[str, Any]) -> list[tupl
     with started(cases[0].parallel, tiny.shape(cases[0].model)) as grid:
         for case in cases:
             run = prepare(case, grid)
-            run.step()
-            value, gradients = expected[case.model]["loss"], expected[case.model]["gradients"]
+            if case.loss == EVERYTHING:
+                run.step()
+            else:
+                compared(run)
+            value, gradients = expected[case.model, case.loss]
             loss_error = abs(float(run.metrics["loss"]) - float(value)) / abs(float(value)) if run.metrics else 0.0
             results.append((loss_error, worst(run, gradients, gradient), owned(run)))
     return results

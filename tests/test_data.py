@@ -103,7 +103,9 @@ def test_micro_batch_by_hand() -> None:
     assert batch.verdict.tolist() == [True, False, True, False]
     assert batch.weight.tolist() == [2.0, 1.0, 1.0, 1.0]
     assert batch.sequence.tolist() == [0, 1, 3, 3]
-    assert {unit: count.item() for unit, count in batch.counts().items()} == {"tokens": 4.0, "weights": 5.0, "samples": 3.0}
+    assert {unit: count.item() for unit, count in batch.counts().items()} == {
+        "tokens": 4.0, "weights": 5.0, "samples": 2.0 + 1.0 + 1.0, "pairs": 0.0, "rated": 0.0, "chosen": 0.0,
+    }  # fmt: skip
 
 
 def test_micro_batch_refuses_a_row_that_is_too_full() -> None:

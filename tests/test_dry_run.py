@@ -44,6 +44,10 @@ REHEARSALS = {
     "gpu_check": Rehearsal(1, (0,)),
     "gpu_check_lora": Rehearsal(1, (0,)),
     "smollm2": Rehearsal(2, (0, 1)),
+    "smollm2_dpo": Rehearsal(2, (1,)),
+    "tiny_dpo": Rehearsal(4, (3,), ("parallel.tp=2", "parallel.pp=2", "lora.r=4")),
+    "moderation_72b_dpo": Rehearsal(16, (9,)),
+    "cost_sensitive": Rehearsal(8, (5,)),
 }
 
 
@@ -128,7 +132,18 @@ def adapter(name: str, pp: int) -> int:
                 size = list(part.shape)
                 size[part.cut] = share(part, cfg.parallel.tp, 0)[2]
                 total += slot.r * sum(size)
+    if shape.score is not None and any(row.ours == "output_layer.weight" for row, _ in rows_of(name, pp)):
+        total += shape.outputs * shape.hidden  # trained whole, in a copy
     return total
+
+
+def test_a_reference_of_its_own_counts() -> None:
+    """Without adapters a preference loss has a second model in memory; made-up pairs stand for the data."""
+    large = [str(ROOT / "configs" / "tiny_dpo.py"), f"model.path={ROOT / 'configs' / 'models' / 'qwen2.5-7b'}"]
+    rows = [python(TOOL, *large, *more, "--world", "1", "--ranks", "0") for more in ((), ("reference.kind=uniform",))]
+    assert [(done.returncode, done.stderr) for done in rows] == [(0, "")] * 2
+    both, alone = (float(done.stdout.splitlines()[1].split()[-5][:-1]) for done in rows)
+    assert both == pytest.approx(2 * alone, rel=0.02)
 
 
 def test_beyond_the_heads() -> None:

@@ -12,12 +12,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from complaints import complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamod import losses
-from megamod.batch import Batch
+from megamod.batch import UNITS, Batch
 from megamod.config import ParallelConfig
 from megamod.data.documents import Document
 from megamod.data.packing import micro_batch
@@ -71,7 +73,7 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 
 def of_rows(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> list[int]:
-    """Let the head take so many rows of float64 logits at a time. Returns a list that it fills with the chunks' numbers."""
+    """Let the head take as many float64 logits at a time as so many rows have. Returns a list that it fills with the chunks' numbers."""
     made: list[int] = []
     chunks = head_module._chunks
 
@@ -104,12 +106,80 @@ def test_whole_is_the_plain_form(monkeypatch: pytest.MonkeyPatch, chunk: int, la
         if not plain:
             alone = [head.logprobs(ids), head.logsumexp(), head.entropy()]
             assert all(torch.equal(a, b) for a, b in zip(alone, head.statistics(ids), strict=True))
-    assert set(made) == {-(-labelled // chunk)}
+    width = max(1, (chunk * vocab * 8 + 3) // (8 * max(1, labelled)))  # statistics go by columns, topk by rows
+    assert set(made) == {-(-vocab // width), -(-labelled // chunk)}
     for found, expected in zip(*results, strict=True):
         assert found.dtype == expected.dtype
         assert gap(found, expected) < 1e-12
     if not labelled:
         assert not results[0][-1].any(), "no labelled row, and a gradient"
+
+
+@pytest.mark.parametrize("asked", [terms for n in (1, 2, 3) for terms in itertools.combinations(TERMS, n)])
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("alone", [False, True], ids=["statistics", "alone"])
+def test_gradients_of_some_terms(monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], trained: tuple[bool, bool], alone: bool) -> None:
+    """What is not asked is not computed: each selection of terms and inputs has a way of its own through the backward."""
+    vocab, rows, ids = 11, torch.tensor([1, 2, 5, 6]), torch.tensor([0, 10, 3, 3])
+    monkeypatch.setattr(head_module, "CPU_COLUMNS", 4)
+    gradients = []
+    for make in (Head, Plain):
+        inputs = [random(8, 5, seed=1), random(vocab + 3, 5, seed=2)]
+        for x, wanted in zip(inputs, trained, strict=True):
+            x.requires_grad_(wanted)
+        head: Any = make(*inputs, vocab, rows)
+        values = dict(zip(TERMS, head.statistics(ids), strict=True))
+        if alone and make is Head:
+            values = {"logprob": head.logprobs(ids), "logsumexp": head.logsumexp(), "entropy": head.entropy()}
+        sum((values[term] * random(4, seed=10 + TERMS.index(term))).sum() for term in asked).backward()
+        gradients.append([x.grad for x in inputs])
+    for found, expected, wanted in zip(*gradients, trained, strict=True):
+        assert (found is not None) == wanted
+        assert not wanted or gap(found, expected) < 1e-12
+
+
+def test_without_a_gradient_the_numbers_are_the_same() -> None:
+    hidden, weight, ids = random(5, 4, seed=1).requires_grad_(), random(9, 4, seed=2).requires_grad_(), torch.tensor([0, 8, 3, 3, 1])
+    expected = Head.whole(hidden, weight).statistics(ids)
+    with torch.no_grad():
+        head = Head.whole(hidden, weight)
+        found = [*head.statistics(ids), head.logprobs(ids)]
+    assert all(torch.equal(a, b) for a, b in zip(found, [*expected, expected.logprob], strict=True))
+    assert not any(x.requires_grad for x in found)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, weight = random(5, 4, seed=1).requires_grad_(), random(9, 4, seed=2).requires_grad_()
+    (grad,) = torch.autograd.grad(Head.whole(hidden, weight).logsumexp().square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """`with Largest() as largest:` keeps the number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("bound", ["CHUNK_BYTES", "CPU_COLUMNS"])
+def test_logits_of_all_columns_never_exist(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    n, c, vocab, width = 50, 3, 1000, 100
+    monkeypatch.setattr(head_module, bound, n * width * 8 if bound == "CHUNK_BYTES" else width)
+    hidden, weight = random(n, c, seed=1).requires_grad_(), random(vocab, c, seed=2).requires_grad_()
+    ids = torch.arange(n)
+    with Largest() as largest:
+        head = Head.whole(hidden, weight)
+        (sum(x.sum() for x in head.statistics(ids)) + head.logprobs(ids).sum()).backward()
+    assert largest.elements == n * width
+    with Largest() as largest:
+        head.logits()
+    assert largest.elements == n * vocab
 
 
 @settings(max_examples=60, deadline=None)
@@ -360,7 +430,7 @@ def test_a_loss_in_a_notebook_is_the_one_by_hand(name: str) -> None:
     # A part of a step: the totals are the step's, and the parts add up.
     parts = [micro_batch([row], CAPACITY) for row in DOCUMENTS]
     counts = [part.counts() for part in parts]
-    totals = {unit: counts[0][unit] + counts[1][unit] for unit in counts[0]}
+    totals = {unit: float(counts[0][unit] + counts[1][unit]) for unit in counts[0]}
     values = []
     for i, part in enumerate(parts):
         rows_hidden = hidden.detach()[i * CAPACITY : (i + 1) * CAPACITY][part.rows]
@@ -374,21 +444,24 @@ def test_units_and_sums_over_documents() -> None:
     assert len(batch.labels) == 11
     assert batch.sequences == 6  # four documents, two paddings
     counts = {unit: float(count) for unit, count in batch.counts().items()}
-    assert counts == {"tokens": 11.0, "weights": 3 * 1.0 + 2 * 0.25 + 6 * 3.5, "samples": 3.0}
+    assert counts == {
+        "tokens": 11.0, "weights": 3 * 1.0 + 2 * 0.25 + 6 * 3.5, "samples": 1.0 + 0.25 + 3.5, "pairs": 0.0, "rated": 0.0, "chosen": 0.0,
+    }  # fmt: skip
     x = random(11, seed=5)
     sums = batch.per_sequence(x)
     nothing = x[:0].sum()
     expected = torch.stack([x[:3].sum(), x[3:5].sum(), nothing, nothing, x[5:].sum(), nothing])
     assert gap(sums, expected) < 1e-15
-    for unit, y in (("tokens", x), ("weights", x), ("samples", sums)):
-        assert abs(float(batch.mean(y, over=unit)) - float(y.sum()) / counts[unit]) < 1e-15
-        assert abs(float(replace(batch, totals={unit: torch.tensor(7.0)}).mean(y, over=unit)) - float(y.sum()) / 7) < 1e-15
+    of_documents = sums * torch.tensor([1.0, 0.25, 1.0, 3.0, 3.5, 1.0], dtype=torch.float64)  # each counts with its weight
+    for unit, y, summed in (("tokens", x, x), ("weights", x, x), ("samples", sums, of_documents)):
+        assert abs(float(batch.mean(y, over=unit)) - float(summed.sum()) / counts[unit]) < 1e-15
+        assert abs(float(replace(batch, totals={unit: 7.0}).mean(y, over=unit)) - float(summed.sum()) / 7) < 1e-15
     mean = batch.mean_of(x)
     assert float(mean.count) == 11.0
     assert abs(float(mean.sum) - float(x.sum())) < 1e-15
 
 
-@pytest.mark.parametrize(("unit", "hint"), [("token", "did you mean 'tokens'"), ("pears", "choose from: samples, tokens, weights")])
+@pytest.mark.parametrize(("unit", "hint"), [("token", "did you mean 'tokens'"), ("quarks", "choose from: chosen, pairs, rated, sam")])
 def test_an_unknown_unit_names_the_choices(unit: Any, hint: str) -> None:
     _, batch, _, _ = notebook()
     with pytest.raises(MegamodError, match=hint) as error:
@@ -397,15 +470,19 @@ def test_an_unknown_unit_names_the_choices(unit: Any, hint: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_step_without_a_labelled_token_is_zero(name: str) -> None:
+def test_a_step_without_a_labelled_token_is_refused(name: str) -> None:
+    """A micro-batch may have none, and then contributes nothing; a whole step without would be a step for nothing."""
     batch = micro_batch([[document(5, [], [], 1.0, seed=1), document(3, [0], [0], 2.0, seed=2)]], 9)
     assert len(batch.labels) == 0
     hidden, weight = random(9, 5, seed=1).requires_grad_(), random(VOCAB, 5, seed=2).requires_grad_()
-    value, metrics = LOSSES[name][0](Head.whole(hidden[batch.rows], weight), batch)
+    head = Head.whole(hidden[batch.rows], weight)
+    assert complaint(lambda: LOSSES[name][0](head, batch)) == "a mean over 'weights', and the step has no labelled tokens with a weight"
+    of_a_step = replace(batch, totals=dict.fromkeys(UNITS, 3.0))
+    value, metrics = LOSSES[name][0](head, of_a_step)
     value.backward()
     assert float(value.detach()) == 0.0
     for grad in (hidden.grad, weight.grad):
         assert grad is not None
         assert torch.equal(grad, torch.zeros_like(grad))
     assert all(float(mean.count) == float(mean.sum) == 0.0 for mean in metrics.values())
-    assert float(batch.mean(batch.per_sequence(torch.zeros(0)), over="samples")) == 0.0
+    assert float(of_a_step.mean(of_a_step.per_sequence(torch.zeros(0)), over="samples")) == 0.0

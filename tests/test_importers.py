@@ -67,6 +67,7 @@ HH = {
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: z\n\nAssistant: b"},
         {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: d"},
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"},
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b \n"},
     )
 }  # fmt: skip
 HH_PROMPT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -137,7 +138,12 @@ EXAMPLES: dict[str, tuple[dict[str, str], str, list[Row], dict[str, int]]] = {
                 "rejected": [{"role": "assistant", "content": "e"}],
             }
         ],
-        {"chosen and rejected differ before their last turn": 1, "turns do not alternate": 1, "an empty turn": 1},
+        {
+            "chosen and rejected differ before their last turn": 1,
+            "turns do not alternate": 1,
+            "an empty turn": 1,
+            "chosen and rejected are the same": 1,
+        },
     ),
     "winogender": (
         {"all_sentences.tsv": "sentid\tsentence\nclerk.guest.1.female.txt\tThe clerk said she knew.\n"},
@@ -264,10 +270,12 @@ def test_the_reader_takes_the_rows(name: str, tmp_path: Path) -> None:
     files, split, expected, _ = EXAMPLES[name]
     rows = read_dataset(name, put(tmp_path, files), split=split).rows
     for row, wanted in zip(rows, expected, strict=True):
-        if "messages" in row:
-            read = row_of(row)
-            assert (read.label, list(read.categories), read.id) == (wanted["label"], wanted["categories"], str(wanted["id"]))
-            assert set(read.unread) <= {"kind"}
+        read = row_of(row)
+        assert (read.label, list(read.categories), read.id) == (wanted.get("label"), wanted.get("categories", []), str(wanted["id"]))
+        assert read.messages == tuple(wanted["messages" if "messages" in wanted else "prompt"])
+        answers = [wanted[side][0]["content"] if side in wanted else None for side in ("chosen", "rejected")]
+        assert [read.chosen, read.rejected] == answers
+        assert not read.unread
 
 
 def test_the_other_splits(tmp_path: Path) -> None:

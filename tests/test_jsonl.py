@@ -156,7 +156,7 @@ def test_a_key_of_another_spelling_is_not_read() -> None:
 # ---- what is refused
 
 TURN = "a list of turns was expected"
-NAMES = "'messages', 'conversations', 'instruction', 'query', 'text'"
+NAMES = "'messages', 'conversations', 'instruction', 'query', 'text', 'prompt', 'chosen'"
 ONE_OF = "one of them holds the conversation"
 WEIGHT = "a finite number of at least 0 was expected"
 LABEL = "safe, controversial or unsafe was expected"

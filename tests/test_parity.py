@@ -1,5 +1,6 @@
 """The proof: loss and every gradient on every grid equal transformers' in one process, document by document, in float64 to 1e-11.
 
+On each grid every model and every preference loss is run, without and with full recompute by turns; `FULL=1` runs both of each.
 `REPORT=1 python -m pytest tests/test_parity.py` writes README's table of the worst errors; without it the table must be whole.
 """
 
@@ -10,11 +11,12 @@ from pathlib import Path
 import distributed
 import oracle
 import parity
+import preferences
 import pytest
 import rows
 import tiny
 import torch
-from parity import Case
+from parity import EVERYTHING, Case
 
 from megamod.config import ParallelConfig as P
 
@@ -38,6 +40,7 @@ GRIDS = [
 RECOMPUTE = ("none", "full")
 # By kv heads: models of equal kv heads share a started grid.
 MODELS = sorted(tiny.CONFIGS, key=lambda name: (tiny.shape(name).kv_heads, name))
+LOSSES = list(preferences.LOSSES)
 
 
 def label(p: P, world: int = distributed.WORLD) -> str:
@@ -49,23 +52,37 @@ def label(p: P, world: int = distributed.WORLD) -> str:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The oracle's loss and gradients of every tiny model, in a file that the ranks read."""
+    """The oracle's objective and gradients of every tiny model and loss, in a file that the ranks read."""
     results = {}
     for name in MODELS:
-        value, gradients = oracle.run(oracle.model(name), rows.rows(tiny.shape(name).vocab), parity.everything)
-        results[name] = {"loss": value, "gradients": gradients}
+        results[name, EVERYTHING] = oracle.run(oracle.model(name), rows.rows(tiny.shape(name).vocab), parity.everything)
+        results |= {(name, loss): preferences.oracle_of(name, loss) for loss in LOSSES}
     path = tmp_path_factory.mktemp("oracle") / "expected.pt"
     torch.save(results, path)
     return str(path)
 
 
-Table = dict[tuple[str, str, str], float]
+Table = dict[tuple[str, str], float]
 
 
 @pytest.fixture(scope="module")
 def table() -> Table:
-    """(grid, recompute, model) → the worst error of loss and gradients; filled by `test_grid`, read by `test_readme`."""
+    """(grid, model or loss) → the worst error of loss and gradients; filled by `test_grid`, read by `test_readme`."""
     return {}
+
+
+def cases_on(grid: P, number: int) -> list[tuple[str, Case]]:
+    """What is compared on grid `number`, each with its column of the table."""
+    both = bool(os.environ.get("FULL"))
+
+    def by_turns(turn: int) -> tuple[str, ...]:
+        return RECOMPUTE if both else RECOMPUTE[turn % 2 :][:1]
+
+    cases = [(name, Case(name, grid, recompute)) for i, name in enumerate(MODELS) for recompute in by_turns(number + i)]
+    for i, loss in enumerate(LOSSES):
+        model = MODELS[(number + 3 * i) % len(MODELS)]
+        cases += [(loss, Case(model, grid, recompute, loss=loss)) for recompute in by_turns(number // 2 + i)]
+    return sorted(cases, key=lambda case: tiny.shape(case[1].model).kv_heads)  # those share a started grid
 
 
 def check(cases: list[Case], expected: str, tolerance: float = TOLERANCE) -> list[float]:
@@ -85,11 +102,12 @@ def check(cases: list[Case], expected: str, tolerance: float = TOLERANCE) -> lis
 
 @pytest.mark.parametrize("grid", GRIDS, ids=label)
 def test_grid(grid: P, expected: str, table: Table) -> None:
-    """Every model on this grid, without and with full recompute; one model with selective recompute too."""
-    cases = [Case(name, grid, recompute) for name in MODELS for recompute in RECOMPUTE]
+    """Every model and preference loss on this grid; one model with selective recompute too."""
+    cases = cases_on(grid, GRIDS.index(grid))
     selective = [Case(MODELS[-1], grid, "selective", ("core_attn", "mlp"))]
-    for case, error in zip(cases, check(cases + selective, expected), strict=False):
-        table[label(grid), case.recompute, case.model] = error
+    errors = check([case for _, case in cases] + selective, expected)
+    for (column, _), error in zip(cases, errors, strict=False):
+        table[label(grid), column] = max(error, table.get((label(grid), column), 0.0))
 
 
 def test_selective_recompute(expected: str) -> None:
@@ -108,28 +126,27 @@ def test_overlap(expected: str) -> None:
 def test_fp32(model: str, tmp_path: Path) -> None:
     """The same in fp32, to 1e-5: nothing is computed in less than the parameters' precision."""
     value, gradients = oracle.run(oracle.model(model, torch.float32), rows.rows(tiny.shape(model).vocab), parity.everything)
-    torch.save({model: {"loss": value, "gradients": gradients}}, tmp_path / "fp32.pt")
+    torch.save({(model, EVERYTHING): (value, gradients)}, tmp_path / "fp32.pt")
     check([Case(model, P(tp=2, pp=2, sp=True), dtype="float32")], str(tmp_path / "fp32.pt"), tolerance=1e-5)
 
 
 def render(table: Table) -> str:
-    lines = ["| grid of 8 ranks | recompute | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 2) + "|"]
+    lines = ["| grid of 8 ranks | " + " | ".join(MODELS + LOSSES) + " |", "|---" * (len(MODELS + LOSSES) + 1) + "|"]
     for grid in map(label, GRIDS):
-        for recompute in RECOMPUTE:
-            errors = (table.get((grid, recompute, name)) for name in MODELS)
-            lines.append(f"| {grid} | {recompute} | " + " | ".join("" if e is None else f"{e:.0e}" for e in errors) + " |")
+        errors = (table.get((grid, column)) for column in MODELS + LOSSES)
+        lines.append(f"| {grid} | " + " | ".join("" if e is None else f"{e:.0e}" for e in errors) + " |")
     return "\n".join(lines)
 
 
 def test_readme(table: Table) -> None:
-    """README's table has every grid, recompute mode and model, no empty cell, and no error above the tolerance."""
+    """README's table has every grid, model and loss, no empty cell, and no error above the tolerance."""
     text = README.read_text(encoding="utf-8")
     if os.environ.get("REPORT"):
-        assert len(table) == len(GRIDS) * len(RECOMPUTE) * len(MODELS), "run the whole file to write the table"
+        assert len(table) == len(GRIDS) * len(MODELS + LOSSES), "run the whole file to write the table"
         text = text[: text.index(BEGIN) + len(BEGIN)] + "\n" + render(table) + "\n" + text[text.index(END) :]
         README.write_text(text, encoding="utf-8")
     lines = text[text.index(BEGIN) : text.index(END)].strip().splitlines()[1:]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert cells[0][2:] == MODELS
-    assert [row[:2] for row in cells[2:]] == [[label(grid), recompute] for grid in GRIDS for recompute in RECOMPUTE]
-    assert all(float(cell) <= TOLERANCE for row in cells[2:] for cell in row[2:])
+    assert cells[0][1:] == MODELS + LOSSES
+    assert [row[0] for row in cells[2:]] == list(map(label, GRIDS))
+    assert all(float(cell) <= TOLERANCE for row in cells[2:] for cell in row[1:])

@@ -67,7 +67,7 @@ def run_of(folder: Path, *overrides: str) -> RunConfig:
 
 
 def batches(cfg: RunConfig, step: int) -> list[Batch]:
-    return peek(cfg, tool.model_shape(cfg).vocab, step)
+    return peek(cfg, tool.model_shape(cfg), step)
 
 
 def words_of(folder: Path) -> tool.Vocabulary:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from complaints import complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import Case
+from parity import EVERYTHING, Case
 from torch import Tensor
 
 from megamod import losses
@@ -289,7 +289,7 @@ def few_heads_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     results = {}
     for name in tiny.FEW_HEADS:
         value, gradients = oracle.run(oracle.model(name), parity.made_rows(name), parity.everything)
-        results[name] = {"loss": value, "gradients": gradients}
+        results[name, EVERYTHING] = value, gradients
     path = tmp_path_factory.mktemp("oracle") / "few.pt"
     torch.save(results, path)
     return str(path)
@@ -311,7 +311,7 @@ def test_three_rows_of_positions(grid: P, tmp_path: Any) -> None:
     results = {}
     for name in tiny.VISION:
         value, gradients = oracle.run(oracle.model(name), parity.made_rows(name), parity.everything)
-        results[name] = {"loss": value, "gradients": gradients}
+        results[name, EVERYTHING] = value, gradients
     torch.save(results, tmp_path / "expected.pt")
     cases = [Case(name, grid, recompute) for name in tiny.VISION for recompute in ("none", "full")]
     for answer in distributed.run(distributed.WORLD, parity.compare, cases, str(tmp_path / "expected.pt")):

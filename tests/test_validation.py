@@ -17,7 +17,7 @@ from megamod.evaluate.metrics import HEADLINE
 from megamod.evaluate.validation import HISTORY, Record, Validation, labelled_rows
 
 ROWS = [row_of({"text": "x", "label": "safe"}, "e.jsonl:1"), row_of({"text": "y", "label": "unsafe"}, "e.jsonl:2")]
-ENCODER: Any = SimpleNamespace(gold=lambda row: row, prompts=lambda row, room: None)
+ENCODER: Any = SimpleNamespace(gold=lambda row: row, prompts=lambda row, room: None, score=None)
 
 
 def validation(

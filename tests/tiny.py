@@ -56,10 +56,25 @@ FEW_HEADS: dict[str, dict[str, Any]] = {
     "qwen2-4heads": {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e6},
 }  # fmt: skip
 
+# Heads of scores in the vocabulary's place, as transformers writes them: a classifier of texts, of tokens, a reward model.
+SCORED: dict[str, dict[str, Any]] = {
+    "qwen2-classes": {
+        "model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True, "architectures": ["Qwen2ForSequenceClassification"],
+        "id2label": {"0": "safe", "1": "controversial", "2": "unsafe"}, "problem_type": "multi_label_classification",
+    },
+    "qwen3-tokens": {
+        "model_type": "qwen3", "head_dim": 8, "rope_theta": 1e6, "architectures": ["Qwen3ForTokenClassification"],
+        "id2label": {"0": "safe", "1": "unsafe"},
+    },
+    "llama-reward": {
+        "model_type": "llama", "rope_theta": 1e4, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"},
+    },
+}  # fmt: skip
+
 
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model."""
-    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS}[name], **changes}
+    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SCORED}[name], **changes}
 
 
 @functools.cache

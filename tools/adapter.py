@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = args.base or Path(peft.base_of(args.adapter))
     if args.base is None and not base.is_dir():
         raise MegamodError(f"{args.adapter}: its base, {base}, is not here: say where it is with --base")
-    shape = read_shape(base)
+    shape = peft.shape_with(args.adapter, read_shape(base))
     print(f"{args.adapter}: {described(peft.opened(args.adapter, shape), shape)}")
     if args.command == "import":
         print(f"checkpoint: {peft.adopt(args.adapter, base, args.out)}")

@@ -375,7 +375,7 @@ def theirs(job: Job, size: int) -> Ran:
 
 def first_step(trainer: Any, job: Job) -> tuple[float, float]:
     """Trainer's loss and gradient norm over the documents of megamod's first step, one by one."""
-    (batch,) = peek(job.config(), read_shape(job.model).vocab, 1)
+    (batch,) = peek(job.config(), read_shape(job.model), 1)
     labels = torch.full_like(batch.tokens, IGNORED)
     labels[batch.rows + 1] = batch.labels  # Hugging Face shifts them itself
     count, loss = torch.tensor(len(batch.labels)), 0.0

@@ -65,7 +65,7 @@ def findings(cfg: RunConfig, step: int, limit: int) -> tuple[list[Finding], str]
     shape = model_shape(cfg)
     grid = grids.start(cfg.parallel, shape, cfg.seed)
     grids.check_rows(cfg, shape, grid.world)
-    batch = everywhere(on_first(lambda: peek(cfg, shape.vocab, step)[0]), shape.vocab)
+    batch = everywhere(on_first(lambda: peek(cfg, shape, step)[0]), shape.vocab)
     chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     together(lambda: load(chunks, shape, grid, weights_of(cfg, shape), where=cfg.model.path))
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()

@@ -311,7 +311,7 @@ def check_cp(cfg: RunConfig) -> None:
 def page(cfg: RunConfig, step: int, shown: int, words: Vocabulary, *, coloured: bool) -> Group:
     """The first `shown` rows of a step, below a header. Raises MegamodError."""
     check_cp(cfg)
-    made = peek(cfg, model_shape(cfg).vocab, step)
+    made = peek(cfg, model_shape(cfg), step)
     length, cp = cfg.data.row_length, cfg.parallel.cp
     cut = [passages(batch, length, cp) for batch in made]
     rows = [(which, batch, row) for which, (batch, its) in enumerate(zip(made, cut, strict=True), 1) for row in its]

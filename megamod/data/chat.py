@@ -2,11 +2,15 @@
 
 A row with a label is input, whole; the verdict is the target. In a row without, each assistant turn is a document of its own:
 templates change earlier turns when a later one comes (Qwen3's drops their thinking), so what a turn was generated from is
-rendered for that turn.
+rendered for that turn. A preference is two documents that stay together, the better answer and the worse.
+
+For a head of scores nothing is generated: the conversation is rendered whole, without a generation prompt, and its classes are
+asked at its last token, as transformers' ForSequenceClassification reads them, or at every token of the last message.
 """
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +24,12 @@ from megamod.config import ChatConfig
 from megamod.data.documents import IGNORED, Document
 from megamod.data.jsonl import Message, Row
 from megamod.data.tokenizer import Tokenizer
-from megamod.errors import MegamodError
+from megamod.errors import MegamodError, listed
+from megamod.model.shape import Score
 from megamod.verdicts import Format, Severity, Verdict, format_from_json, format_of
 
 CUTS = 8  # attempts to shorten a message to the right number of tokens
+MARK = "\ue000"  # put behind a message to see where it ends in what the template makes of it: a character for private use
 
 
 class Rendered(NamedTuple):
@@ -34,11 +40,19 @@ class Rendered(NamedTuple):
     start: int  # where in `target` the assistant's own words begin: templates may put something before them
 
 
+class Task(NamedTuple):
+    """What there is to learn from a conversation: what may follow it, each a document, all in one packed row."""
+
+    messages: Sequence[Message]
+    answers: tuple[tuple[Verdict | str | None, int], ...]  # and its side, as in Document; None: nothing follows, it is scored
+
+
 class Prompts(NamedTuple):
     """A conversation to be judged."""
 
     windows: list[npt.NDArray[np.int32]]  # [t] each
     notes: tuple[str, ...]  # what whoever reads the verdict should know
+    asked: list[npt.NDArray[np.int64]]  # for a head of scores: after which tokens of each window it is asked; else none
 
 
 class Candidate(NamedTuple):
@@ -53,12 +67,14 @@ class Encoder:
     """How rows become tokens: the tokenizer with its template, the verdict format, and what to do with long rows.
 
     Args:
-        limit: the tokens that a document may have; None: any number.
+        limit: the tokens that a row holds, and so a document, or a pair of them, may have; None: any number.
+        score: the model's head of scores, if that is what is trained.
     """
 
     tokenizer: Tokenizer
     cfg: ChatConfig
     limit: int | None = None
+    score: Score | None = None
 
     @property
     def format(self) -> Format:
@@ -73,6 +89,7 @@ class Encoder:
             "tokenizer": self.tokenizer.fingerprint(),
             "format": dataclasses.asdict(self.format),
             "limit": self.limit,
+            **({} if self.score is None else {"score": dataclasses.asdict(self.score)}),
         }
 
     def documents(self, row: Row, counts: Counter[str]) -> list[Document]:
@@ -86,20 +103,20 @@ class Encoder:
         if self.holds_special(row):
             counts["special"] += 1
         found = []
-        for messages, verdict in self._tasks(row):
-            document = self._document(row, messages, verdict)
-            if self.limit is not None and len(document.tokens) > self.limit:
-                shorter = self._too_long(row, messages, verdict, len(document.tokens))
+        for task in self._tasks(row):
+            documents = self._documents(row, task)
+            if self._excess(documents) > 0:
+                shorter = self._too_long(row, task, documents)
                 counts["skipped" if shorter is None else "cut"] += 1
                 if shorter is None:
                     continue
-                document = shorter
-            found.append(document)
+                documents = shorter
+            found += documents
         counts["documents"] += len(found)
         return found
 
     def prompts(self, row: Row, room: int = 0) -> Prompts:
-        """A row to be judged, up to where the verdict begins; several times where it is too long.
+        """A row to be judged, up to where the verdict begins, or whole for a head of scores; several times where it is too long.
 
         The longest message is then read through windows that overlap by half, so that nothing in it goes unread; where even that
         leaves no room, the earliest turns are left out.
@@ -121,21 +138,25 @@ class Encoder:
             del messages[earliest]
             left_out += 1
         notes = [f"read in {len(prompts)} windows"] * (len(prompts) > 1) + [f"{left_out} earliest turns left out"] * (left_out > 0)
-        return Prompts(prompts, (*notes, *["holds special tokens"] * self.holds_special(row)))
+        found = [prompt for _, prompt in prompts]
+        asked = [] if self.score is None else [self._asked(conversation, row.where)[1] for conversation, _ in prompts]
+        return Prompts(found, (*notes, *["holds special tokens"] * self.holds_special(row)), asked)
 
     def holds_special(self, row: Row) -> bool:
-        """Whether a message holds the text of a special token, which is read as the token."""
-        return any(token in message["content"] for message in row.messages for token in self.tokenizer.special)
+        """Whether a message, or an answer, holds the text of a special token, which is read as the token."""
+        answers = [answer for answer in (row.chosen, row.rejected) if isinstance(answer, str)]
+        texts = [*(message["content"] for message in row.messages), *answers]
+        return any(token in text for text in texts for token in self.tokenizer.special)
 
-    def _windows(self, messages: Sequence[Message], where: str, room: int) -> list[npt.NDArray[np.int32]] | None:
-        """The conversation's tokens, or those of its windows; None: no window fits."""
+    def _windows(self, messages: Sequence[Message], where: str, room: int) -> list[tuple[Sequence[Message], npt.NDArray[np.int32]]] | None:
+        """The conversation and its tokens, or those of its windows; None: no window fits."""
 
         def encoded(conversation: Sequence[Message]) -> npt.NDArray[np.int32]:
-            return self.tokenizer.encode(self.tokenizer.render(conversation, prompt=True, where=where)).ids
+            return self.tokenizer.encode(self.tokenizer.render(conversation, prompt=self.score is None, where=where)).ids
 
         whole = encoded(messages)
         if self.limit is None or len(whole) + room <= self.limit:
-            return [whole]
+            return [(messages, whole)]
         at = _longest(messages)
         text = messages[at]["content"]
         offsets = self.tokenizer.encode(text).offsets
@@ -146,8 +167,9 @@ class Encoder:
             stride = (width + 1) // 2
             starts = range(0, max(1, len(offsets) - width + stride), stride)
             pieces = [text[int(offsets[s, 0]) : _end(offsets, s + width)] for s in starts]
-            found = [encoded([*messages[:at], {**messages[at], "content": piece}, *messages[at + 1 :]]) for piece in pieces]
-            over = max(map(len, found)) + room - self.limit
+            parts = [[*messages[:at], {**messages[at], "content": piece}, *messages[at + 1 :]] for piece in pieces]
+            found: list[tuple[Sequence[Message], npt.NDArray[np.int32]]] = [(part, encoded(part)) for part in parts]
+            over = max(len(ids) for _, ids in found) + room - self.limit
             if over <= 0:
                 return found
             width -= over
@@ -188,38 +210,57 @@ class Encoder:
         rendered = self._rendered(row.messages, text, row.where)
         return rendered.target[: rendered.start]
 
-    def _tasks(self, row: Row) -> list[tuple[Sequence[Message], Verdict | str]]:
-        """What there is to learn from a row: a conversation, and the verdict or the turn that follows."""
+    def _tasks(self, row: Row) -> list[Task]:
+        """What there is to learn from a row."""
+        if row.chosen is not None:
+            answers = [(row.chosen, -1 if row.desirable is False else 1), *([(row.rejected, -1)] if row.rejected is not None else [])]
+            return [Task(row.messages, tuple((self._said(a, row) if isinstance(a, Verdict) else a, side) for a, side in answers))]
+        if self.score is not None:
+            return [Task(row.messages, ((None, 0),))]
         if row.verdict is not None:
-            return [(row.messages, self._said(row.verdict, row))]
+            return [Task(row.messages, ((self._said(row.verdict, row), 0),))]
         turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant" and i > 0]
         if not turns:
             raise MegamodError(f"{row.where}: neither a label nor an assistant's turn after another: nothing in this row could be trained")
-        return [(row.messages[:i], row.messages[i]["content"]) for i in (turns if self.cfg.turns == "each" else turns[-1:])]
+        return [Task(row.messages[:i], ((row.messages[i]["content"], 0),)) for i in (turns if self.cfg.turns == "each" else turns[-1:])]
 
     def _said(self, verdict: Verdict, row: Row) -> Verdict:
+        """The verdict as it is trained. Raises MegamodError for a severity that the format has no word for."""
+        verdict = self._mapped(verdict)
+        if verdict.severity not in self.format.severities:
+            raise MegamodError(
+                f"{row.where}: label {verdict.severity!r}: the verdict format has no word for it; set data.chat.controversial to "
+                f"'unsafe' or 'safe'"
+            )
+        return verdict if self.cfg.reasons else replace(verdict, reason=None)
+
+    def _mapped(self, verdict: Verdict) -> Verdict:
+        """The verdict with `data.chat.controversial` applied."""
         severity, request = verdict.severity, verdict.request
         if self.cfg.controversial != "keep":
             severity = self.cfg.controversial if severity == "controversial" else severity
             request = self.cfg.controversial if request == "controversial" else request
-        categories = () if severity == "safe" else verdict.categories
-        if severity not in self.format.severities:
-            raise MegamodError(
-                f"{row.where}: label {severity!r}: the verdict format has no word for it; set data.chat.controversial to 'unsafe' or 'safe'"
-            )
-        reason = verdict.reason if self.cfg.reasons else None
-        return replace(verdict, severity=severity, request=request, categories=categories, reason=reason)
+        return replace(verdict, severity=severity, request=request, categories=() if severity == "safe" else verdict.categories)
 
-    def _document(self, row: Row, messages: Sequence[Message], answer: Verdict | str) -> Document:
+    def _documents(self, row: Row, task: Task) -> list[Document]:
+        """The task's documents, those after the first joined to it."""
+        make = self._document if self.score is None else self._scored
+        made = [
+            replace(make(row, task.messages, answer), side=side, joined=number > 0, margin=row.margin or 0.0)
+            for number, (answer, side) in enumerate(task.answers)
+        ]
+        if len(made) == 2 and np.array_equal(made[0].tokens, made[1].tokens):
+            raise MegamodError(f"{row.where}: chosen and rejected are the same tokens, and teach nothing: two answers were expected")
+        return made
+
+    def _excess(self, documents: Sequence[Document]) -> int:
+        """Tokens of the documents beyond what a row holds."""
+        return 0 if self.limit is None else sum(len(document.tokens) for document in documents) - self.limit
+
+    def _document(self, row: Row, messages: Sequence[Message], answer: Verdict | str | None) -> Document:
         """Prompt and target as one document: the target's tokens are trained, the values of a verdict are marked."""
-        spans: tuple[tuple[int, int], ...] = ()
-        if isinstance(answer, Verdict):
-            try:
-                text, spans = self.format.render(answer, messages[-1]["role"] == "assistant")
-            except MegamodError as error:
-                raise MegamodError(f"{row.where}: {error}") from None
-        else:
-            text = answer
+        assert answer is not None, "without a head of scores something follows"
+        text, spans = self._text(row, messages, answer)
         rendered = self._rendered(messages, text, row.where, is_verdict=isinstance(answer, Verdict))
         first = len(rendered.prompt)
         prompt = self.tokenizer.encode(rendered.prompt).ids
@@ -232,6 +273,69 @@ class Encoder:
             start, stop = (first + rendered.start + x for x in (start, stop))
             verdict |= (offsets[:, 0] < stop) & (offsets[:, 1] > start) & (labels != IGNORED)
         return Document(tokens, labels, verdict, row.weight)
+
+    def _scored(self, row: Row, messages: Sequence[Message], answer: Verdict | str | None) -> Document:
+        """The conversation, and an answer if there is one, with its classes where they are asked."""
+        assert self.score is not None
+        if answer is not None:
+            messages = [*messages, {"role": "assistant", "content": self._text(row, messages, answer)[0]}]
+        tokens, at = self._asked(messages, row.where)
+        classes = np.full(len(tokens), IGNORED, np.int64)
+        classes[at] = self._classes(row)
+        return Document(tokens, np.full(len(tokens), IGNORED, np.int64), np.zeros(len(tokens), np.bool_), row.weight, classes=classes)
+
+    def _asked(self, messages: Sequence[Message], where: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The conversation's tokens, and after which of them a head of scores is asked: the last, or those of the last message.
+
+        Of a message without a visible character it is the last, too.
+        """
+        assert self.score is not None
+        text = self.tokenizer.render(messages, prompt=False, where=where)
+        tokens, offsets = self.tokenizer.encode(text)
+        content = messages[-1]["content"].strip()
+        if not self.score.every_token or not content:
+            return tokens, np.array([len(tokens) - 1])
+        marked = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"].rstrip() + MARK}]
+        end = self.tokenizer.render(marked, prompt=False, where=where).rfind(MARK)
+        start = end - len(content)
+        if start < 0 or text[start:end] != content:
+            raise MegamodError(f"{where}: the chat template does not say the last message as it is: its tokens cannot be found")
+        return tokens, np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
+
+    def _classes(self, row: Row) -> int:
+        """The classes that hold for a row, as bits. Raises MegamodError where the row does not say which."""
+        score = self.score
+        assert score is not None
+        wants_pairs = score.problem == "regression"
+        if not (row.is_preference if wants_pairs else row.chosen is None):
+            what = "chosen and rejected were" if wants_pairs else "a label alone was"
+            raise MegamodError(f"{row.where}: {what} expected, for a head of scores of problem {score.problem!r}")
+        if wants_pairs:
+            return 0
+        if row.verdict is None:
+            raise MegamodError(f"{row.where}: no label, and the model's head has a score for each of {', '.join(score.labels)}")
+        said = self._mapped(row.verdict)
+        names = (said.severity, *said.categories)
+        is_single = score.problem == "single_label_classification"
+        held = [i for i, label in enumerate(score.labels) if label in names]
+        grades = {"controversial", "unsafe"} & {*score.labels}  # without them the categories say that a text is not safe
+        needed = names if said.severity != "safe" and (grades or not said.categories) else said.categories
+        unknown = [name for name in needed if name not in score.labels]
+        if (is_single and len(held) != 1) or (not is_single and unknown):
+            raise MegamodError(
+                f"{row.where}: {listed(unknown or names)}: {'one' if is_single else 'each'} must be one of model.score.labels = "
+                f"{', '.join(score.labels)}"
+            )
+        return sum(1 << i for i in held)
+
+    def _text(self, row: Row, messages: Sequence[Message], answer: Verdict | str) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """What the assistant says, and where in it the values of a verdict are. Raises MegamodError."""
+        if not isinstance(answer, Verdict):
+            return answer, ()
+        try:
+            return self.format.render(answer, messages[-1]["role"] == "assistant")
+        except MegamodError as error:
+            raise MegamodError(f"{row.where}: {error}") from None
 
     def _rendered(self, messages: Sequence[Message], text: str, where: str, *, is_verdict: bool = True) -> Rendered:
         prompt = self.tokenizer.render(messages, prompt=True, where=where)
@@ -253,23 +357,25 @@ class Encoder:
                 f"training: end it with a special token or a line break"
             )
 
-    def _too_long(self, row: Row, messages: Sequence[Message], answer: Verdict | str, tokens: int) -> Document | None:
-        """A document with the longest message cut from its end, or None to skip it. Raises MegamodError."""
+    def _too_long(self, row: Row, task: Task, documents: Sequence[Document]) -> list[Document] | None:
+        """Documents with the conversation's longest message cut from its end, or None to skip them. Raises MegamodError."""
         assert self.limit is not None
+        tokens = self._excess(documents) + self.limit
         if self.cfg.too_long == "error":
+            what = "" if len(documents) == 1 else f" in {len(documents)} answers with their prompts"
             raise MegamodError(
-                f"{row.where}: {tokens} tokens, but a row holds {self.limit}: raise data.row_length, or see data.chat.too_long"
+                f"{row.where}: {tokens} tokens{what}, but a row holds {self.limit}: raise data.row_length, or see data.chat.too_long"
             )
         if self.cfg.too_long == "skip":
             return None
         for _ in range(CUTS):
-            shorter = self._shortened(messages, tokens - self.limit)
+            shorter = self._shortened(task.messages, math.ceil(self._excess(documents) / len(documents)))
             if shorter is None:
                 return None
-            document = self._document(row, shorter, answer)
-            messages, tokens = shorter, len(document.tokens)
-            if tokens <= self.limit:
-                return document
+            task = task._replace(messages=shorter)
+            documents = self._documents(row, task)
+            if self._excess(documents) <= 0:
+                return list(documents)
         return None
 
     def _shortened(self, messages: Sequence[Message], excess: int) -> list[Message] | None:
@@ -294,11 +400,11 @@ def _end(offsets: npt.NDArray[np.int64], tokens: int) -> int:
     return last if tokens >= len(offsets) else min(last, int(offsets[tokens, 0]))
 
 
-def encoder(cfg: ChatConfig, model: str, limit: int | None = None) -> Encoder:
-    """The Encoder of `cfg`, for the checkpoint at `model`. Raises MegamodError."""
+def encoder(cfg: ChatConfig, model: str, limit: int | None = None, score: Score | None = None) -> Encoder:
+    """The Encoder of `cfg`, for the checkpoint at `model`, with a head of scores or without. Raises MegamodError."""
     template = None if cfg.template is None else _read_template(cfg.template)
     arguments: Mapping[str, Any] = cfg.template_arguments
-    return Encoder(Tokenizer(cfg.tokenizer or model, template, arguments), cfg, limit)
+    return Encoder(Tokenizer(cfg.tokenizer or model, template, arguments), cfg, limit, score)
 
 
 # What a Hugging Face directory says beside its tokenizer, so that whoever judges with it asks as it was trained.

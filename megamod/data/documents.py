@@ -39,19 +39,26 @@ class Document:
     labels: Integers  # [t] int64, unshifted: labels[i] is tokens[i] where token i is trained, else IGNORED
     verdict: Flags  # [t]: which of the trained tokens say the verdict
     weight: float = 1.0
+    side: int = 0  # 1: ends in a wanted answer, -1: in an unwanted one, 0: neither
+    joined: bool = False  # lies in the same row as the document before it; the worse answer of a pair follows the better one
+    margin: float = 0.0  # of a pair's better answer: by how much it is better
+    classes: Integers | None = None  # [t] int64, for a head of scores: the classes at each token as bits, IGNORED where none is asked
+    reference: npt.NDArray[np.floating[Any]] | None = None  # [t]: the reference model's log-probability of each trained token
 
 
 class Documents(Protocol):
     """What a loader reads: documents by number. `InMemory` here, `store.Store`, `store.Mixed`."""
 
     lengths: npt.NDArray[np.int64]  # [n] tokens of each
-    trained: int  # tokens that a loss may ask for
+    joined: Flags  # [n]: which lie in the same row as the one before them
+    side: npt.NDArray[np.int8]  # [n]: as Document has it
+    trained: int  # positions that a loss may ask about
     verdicts: int  # of those, the ones that say a verdict
 
     def __getitem__(self, number: int) -> Document: ...
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of tokens, labels, verdicts and weights, in their order."""
+        """SHA-256, in hexadecimal, of all that the documents hold, in their order."""
         ...
 
 
@@ -61,7 +68,9 @@ class InMemory:
     def __init__(self, documents: Sequence[Document]) -> None:
         self._documents = documents
         self.lengths = np.array([len(document.tokens) for document in documents], np.int64)
-        self.trained = sum(int((document.labels[1:] != IGNORED).sum()) for document in documents)
+        self.joined = np.array([document.joined for document in documents], np.bool_)
+        self.side = np.array([document.side for document in documents], np.int8)
+        self.trained = sum(asked_about(document) for document in documents)
         self.verdicts = sum(int(document.verdict.sum()) for document in documents)
 
     def __getitem__(self, number: int) -> Document:
@@ -76,7 +85,16 @@ class InMemory:
             digest.update(document.tokens.astype("<i8").tobytes())
             digest.update(document.labels.astype("<i8").tobytes())
             digest.update(document.verdict.astype(np.bool_).tobytes())
+            digest.update(struct.pack("<b?d", document.side, document.joined, document.margin))
+            if document.classes is not None:
+                digest.update(document.classes.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def asked_about(document: Document) -> int:
+    """Positions of `document` that a loss may ask about: of trained tokens all but the first, which nothing predicts."""
+    own = 0 if document.classes is None else int((document.classes != IGNORED).sum())
+    return own + int((document.labels[1:] != IGNORED).sum())
 
 
 def synthetic(cfg: SyntheticData, vocab: int, longest: int, seed: int) -> InMemory:
@@ -97,15 +115,17 @@ def synthetic(cfg: SyntheticData, vocab: int, longest: int, seed: int) -> InMemo
         ("data.train.mean_length", cfg.mean_length, cfg.mean_length >= 1, "at least 1"),
         ("data.train.sigma", cfg.sigma, 0 <= cfg.sigma < math.inf, "a finite number of at least 0"),
         ("data.train.labelled", cfg.labelled, 0 <= cfg.labelled <= 1, "a share from 0 to 1"),
-        ("data.row_length", longest, longest >= 2, "at least 2 for synthetic documents"),
+        ("data.row_length", longest, longest >= (least := 4 if cfg.pairs else 2), f"at least {least} for synthetic documents"),
+        ("data.train.documents", cfg.documents, not (cfg.pairs and cfg.documents % 2), "an even number, for pairs"),
     ):
         if not fits:
             raise MegamodError(f"{key} = {value}: must be {expected}")
     rng = np.random.Generator(np.random.PCG64(seed))
     mu = math.log(cfg.mean_length) - cfg.sigma**2 / 2  # a log-normal's mean is exp(mu + sigma²/2)
+    longest = longest // 2 if cfg.pairs else longest  # a pair fits into a row
     lengths = np.clip(np.rint(rng.lognormal(mu, cfg.sigma, cfg.documents)), 2, longest).astype(np.int64)
-    documents = []
-    for length in lengths.tolist():
+    documents: list[Document] = []
+    for number, length in enumerate(lengths.tolist()):
         tokens = rng.integers(vocab, size=length, dtype=np.int32)
         trained = max(1, round(cfg.labelled * length))
         first = length - trained
@@ -113,7 +133,11 @@ def synthetic(cfg: SyntheticData, vocab: int, longest: int, seed: int) -> InMemo
         labels[first:] = tokens[first:]
         verdict = np.zeros(length, dtype=np.bool_)
         verdict[first : first + max(1, trained // 4)] = True
-        documents.append(Document(tokens, labels, verdict))
+        is_worse = cfg.pairs and number % 2 == 1
+        if is_worse:  # to the prompt of the better one, as far as it goes
+            shared = min(first, int((documents[-1].labels == IGNORED).sum()))
+            tokens[:shared] = documents[-1].tokens[:shared]
+        documents.append(Document(tokens, labels, verdict, side=(-1 if is_worse else 1) if cfg.pairs else 0, joined=is_worse))
     return InMemory(documents)
 
 

@@ -284,6 +284,8 @@ def _hh(record: Record) -> Row:
     chosen, rejected = (_dialogue(record.text(side)) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise Skip("chosen and rejected differ before their last turn")
+    if chosen == rejected:
+        raise Skip("chosen and rejected are the same")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
@@ -439,7 +441,8 @@ SETS: dict[str, Source] = {
     "hh_rlhf_harmless_test": Source(
         "Anthropic HH-RLHF, harmless-base, test", "MIT", "github.com/anthropics/hh-rlhf", "en",
         {"test": ("test.jsonl.gz",)}, ("chosen", "rejected"), _hh,
-        "pairs: `prompt`, `chosen` and `rejected` are lists of messages; no label",
+        "pairs: `prompt`, `chosen` and `rejected` are lists of messages; no label; skipped: dialogues that differ before their last turn "
+        "or whose turns do not alternate, answers that are empty or the same",
     ),
     "winogender": Source(
         "Winogender schemas", "MIT", "github.com/rudinger/winogender-schemas", "en",

@@ -7,40 +7,65 @@
 | `instruction`, `input`, `output`, `history` | Alpaca | user, assistant |
 | `query`, `response`, `history` | ms-swift | user, assistant |
 | `text` | classification sets | one user message |
+| `prompt`, `completion` | TRL | text is user's and assistant's; or messages |
+| `chosen` | TRL | in a pair without any of the above: the whole conversation |
 
-`system` may stand beside all but the first. Beside the conversation a row may have `label` (safe, controversial, unsafe),
+`system` may stand beside all but the first and the last. Beside the conversation a row may have `label` (safe, controversial, unsafe),
 `categories`, `reason`, `refusal`, `request`, `language`, `kind` (a slice to measure by), `weight` and `id`. Other keys are left
 alone and counted, unless one looks like a mistyped one of these.
+
+A row's own answer is its verdict where it has a label, else the assistant's turn that ends it. A pair has a worse answer beside it, a
+rating says whether it is wanted:
+
+| key | who writes it | becomes |
+|---|---|---|
+| `rejected` | TRL, LLaMA-Factory | the worse answer |
+| `rejected_response`, `rejected_messages` | ms-swift | the same |
+| `chosen` | TRL, LLaMA-Factory | the better answer, in place of the row's own |
+| `margin` | reward models | by how much it is better |
+| `desirable`, `kto_tag` | LLaMA-Factory | whether the row's own answer is wanted |
+| `label`, true or false | TRL, ms-swift | the same; a text is a severity |
+
+An answer is text; a message as `messages` or `conversations` have it, alone or in a list; a whole conversation, the answer last; or a
+verdict: `{"label": "unsafe", "categories": ["Violent"]}`, with `reason`, `refusal` and `request` as a row has them.
 """
 
 import difflib
+import itertools
 import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from megamod.errors import MegamodError, expected, nearest
 from megamod.verdicts import SEVERITIES, Severity, Verdict
 
 Message = Mapping[str, str]  # role and content, as chat templates take them
 Json = Mapping[str, Any]
+Answer: TypeAlias = str | Verdict  # an assistant's text, or what a verdict format renders
 
 HALF = re.compile("[\ud800-\udfff]")
-LARGEST_WEIGHT = 3.4028234663852886e38  # a batch keeps weights in float32
+LARGEST_WEIGHT = 3.4028234663852886e38  # a batch keeps weights, and margins, in float32
 ROLES = ("system", "user", "assistant", "tool")
+LABELS = f"{', '.join(SEVERITIES[:-1])} or {SEVERITIES[-1]}"
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation, and what is known of it."""
+    """A conversation, and what is known of it.
+
+    Of a pair and of a rated answer, `messages` is the whole input, without the answers; it may end with an assistant's message, on which
+    the answers are verdicts. `label`, with what belongs to it, is what a model should say, in training and in evaluation: the better of two
+    verdicts, or a desirable one. Beside an undesirable verdict, and beside texts, there is none.
+    """
 
     messages: tuple[Message, ...]
-    label: Severity | None = None  # None: no verdict is trained, the assistant's turns are
+    label: Severity | None = None  # None: no verdict is trained, the assistant's turns are, or the answers below
     categories: tuple[str, ...] = ()
     reason: str | None = None
     refusal: bool | None = None
@@ -49,6 +74,10 @@ class Row:
     kind: str | None = None
     weight: float = 1.0
     id: str | None = None
+    chosen: Answer | None = None  # of a pair: the better answer to `messages`; of a rated answer: that one
+    rejected: Answer | None = None  # of a pair: the worse one, of the same type; else None
+    desirable: bool | None = None  # of a rated answer: whether it is wanted; else None
+    margin: float | None = None  # of a pair: by how much `chosen` is better, where that is known; finite
     where: str = ""  # file:line
     unread: tuple[str, ...] = field(default=(), compare=False)  # keys that are none of ours
 
@@ -68,6 +97,16 @@ class Row:
         """What a model should say; None for a row without label."""
         return self.label and Verdict(self.label, self.categories, self.refusal, self.request, self.reason)
 
+    @property
+    def is_preference(self) -> bool:
+        """Whether it is a pair: `chosen` is better than `rejected`."""
+        return self.rejected is not None
+
+    @property
+    def is_rated(self) -> bool:
+        """Whether it is one answer, `chosen`, and whether that is wanted, `desirable`."""
+        return self.desirable is not None
+
 
 def read_rows(path: str | Path, *, labelled: bool = False) -> Iterator[Row]:
     """The rows of a JSONL file, in its order. Blank lines are skipped.
@@ -81,7 +120,7 @@ def read_rows(path: str | Path, *, labelled: bool = False) -> Iterator[Row]:
         empty = False
         row = row_of(json_object(line, where), where)
         if labelled and row.label is None:
-            raise MegamodError(f"{where}: no label: {', '.join(SEVERITIES[:-1])} or {SEVERITIES[-1]} was expected")
+            raise MegamodError(f"{where}: no label: {LABELS} was expected")
         yield row
     if empty:
         raise no_rows(path)
@@ -121,43 +160,188 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
 def row_of(record: Json, where: str = "row") -> Row:
     """A Row of one line's object. Raises MegamodError with `where` in front."""
     found = [key for key in SPELLINGS if key in record]
+    found = [key for key in found if key not in YIELDING] or found[:1]
     if len(found) != 1:
         what = f"both {' and '.join(map(repr, found))}" if found else f"none of {', '.join(map(repr, SPELLINGS))}"
         raise MegamodError(f"{where}: {what}: one of them holds the conversation{_typo(record, SPELLINGS)}")
-    read, own = SPELLINGS[found[0]]
-    known = {*KEYS, *own, found[0]}
+    (holder,) = found
+    read, own = SPELLINGS[holder]
+    known = {*KEYS, *own, holder}
     unread = tuple(sorted(key for key in record if key not in known))
+    near = known - (NUMBERED & record.keys())
     for key in unread:
-        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+        if close := difflib.get_close_matches(key, near, n=1, cutoff=0.8):
             raise MegamodError(f"{where}: unknown key {key!r}, did you mean {close[0]!r}?")
-    messages = tuple(read(record, where))
-    if not any(message["role"] != "system" for message in messages):
-        raise MegamodError(f"{where}: {found[0]} holds no message besides a system prompt")
-    label = severity_of(record, "label", where)
-    weight = _weight(record, where)
-    return Row(
-        messages,
-        label,
-        names_of(record, "categories", where),
-        typed(record, "reason", str, where),
-        typed(record, "refusal", bool, where),
-        severity_of(record, "request", where),
-        typed(record, "language", str, where),
-        typed(record, "kind", str, where),
-        weight,
-        str(record["id"]) if record.get("id") is not None else None,
-        where,
-        unread,
+    ratings = ("desirable", "kto_tag", *["label"] * isinstance(record.get("label"), bool))
+    rating = _one_of(record, ratings, "says whether the answer is wanted", where)
+    worse = _one_of(record, WORSE, "is the worse answer", where)
+    if rating and worse:
+        raise MegamodError(
+            f"{where}: both {worse!r} and {rating!r}: a pair of answers, or one answer and whether it is wanted, was expected"
+        )
+    row = Row(
+        tuple(read(record, where)),
+        **_finding({**record, "label": None} if rating == "label" else record, where),
+        language=typed(record, "language", str, where),
+        kind=typed(record, "kind", str, where),
+        weight=_number(record, "weight", where, least=0) if "weight" in record else 1.0,
+        id=str(record["id"]) if record.get("id") is not None else None,
+        margin=_number(record, "margin", where) if record.get("margin") is not None else None,
+        where=where,
+        unread=unread,
     )
+    if record.get("chosen") is not None:
+        if not worse:
+            raise MegamodError(f"{where}: chosen without rejected: the worse answer was expected beside it")
+        row = _with_chosen(row, record, holder)
+    if worse:
+        row = _preference(row, worse, record[worse])
+    elif rating:
+        row = _rated(row, rating, typed(record, rating, bool, where))
+    if row.margin is not None and not row.is_preference:
+        raise MegamodError(f"{where}: margin without rejected: it says by how much one of two answers is better")
+    if not any(message["role"] != "system" for message in row.messages):
+        answer = " and an answer" if row.chosen is not None else ""
+        raise MegamodError(f"{where}: {holder} holds no message besides a system prompt{answer}")
+    return row
+
+
+# --- pairs and rated answers: a row with an answer of its own, and what is beside it -----------------------------------------
+
+
+def _own(row: Row) -> tuple[tuple[Message, ...], Answer | None]:
+    """A row's input, and its own answer to it: its verdict, or the assistant's turn that ends it; None where it has neither."""
+    if row.verdict is not None:
+        return row.messages, row.verdict
+    if row.messages and row.is_response:
+        return row.messages[:-1], row.messages[-1]["content"]
+    return row.messages, None
+
+
+def _with_chosen(row: Row, record: Json, holder: str) -> Row:
+    """`row` with `chosen` as its own answer."""
+    place = f"{row.where}: chosen"
+    side = _side(record["chosen"], place)
+    for key in FINDING if isinstance(side, Verdict) else ("label",):
+        if record.get(key) is not None:
+            raise MegamodError(f"{row.where}: both 'chosen' and {key!r}: the better answer is chosen, or the row's own verdict, not both")
+    if isinstance(side, Verdict):
+        return replace(row, **_finding(record["chosen"], place))
+    whole = _whole(row.messages, side)
+    if whole[: len(row.messages)] != row.messages:
+        raise MegamodError(
+            f"{place} holds {len(side)} messages, which do not begin with those of {holder!r}: an assistant's message alone, or the whole "
+            f"conversation, was expected"
+        )
+    if len(side) == 1 and row.messages and row.is_response:
+        raise MegamodError(f"{row.where}: both 'chosen' and an assistant's turn at the end of {holder!r}: one of them is the better answer")
+    return replace(row, messages=whole)
+
+
+def _preference(row: Row, key: str, value: Any) -> Row:
+    """`row` with its own answer as the better one and `value`, at `key`, as the worse one."""
+    prompt, chosen = _own(row)
+    side = _side(value, f"{row.where}: {key}")
+    if chosen is None:
+        raise MegamodError(
+            f"{row.where}: {key} without chosen: the better answer was expected as chosen, as an assistant's turn that ends the "
+            f"conversation, or, of verdicts, as label"
+        )
+    if isinstance(side, Verdict) != isinstance(chosen, Verdict):
+        kinds = ("a verdict", "text") if isinstance(chosen, Verdict) else ("text", "a verdict")
+        raise MegamodError(f"{row.where}: the better answer is {kinds[0]} and {key} is {kinds[1]}: two of one kind were expected")
+    rejected: Answer
+    if isinstance(side, Verdict):
+        rejected = side
+    else:
+        *before, last = _whole(prompt, side)
+        if tuple(before) != prompt:
+            at = next(i for i, (one, other) in enumerate(itertools.zip_longest(prompt, before)) if one != other)
+            raise MegamodError(
+                f"{row.where}: chosen and {key} differ from message {at} on (the first is 0): conversations that differ before their last "
+                f"turn cannot be compared"
+            )
+        rejected = last["content"]
+    for name, answer in (("chosen", chosen), (key, rejected)):
+        _not_empty(answer, f"{row.where}: {name}")
+    if len({answer.strip() if isinstance(answer, str) else answer for answer in (chosen, rejected)}) == 1:
+        raise MegamodError(f"{row.where}: chosen and {key} are the same: two different answers were expected")
+    return replace(row, messages=prompt, chosen=chosen, rejected=rejected)
+
+
+def _rated(row: Row, key: str, desirable: bool) -> Row:
+    """`row` with its own answer as the rated one."""
+    prompt, answer = _own(row)
+    if answer is None:
+        raise MegamodError(
+            f"{row.where}: {key} = {desirable}: {LABELS} was expected as label, or a conversation that ends with an assistant's answer"
+        )
+    _not_empty(answer, f"{row.where}: the answer")
+    wrong = isinstance(answer, Verdict) and not desirable
+    return replace(row, messages=prompt, chosen=answer, desirable=desirable, **(_finding({}, row.where) if wrong else {}))
+
+
+def _side(value: Any, place: str) -> Verdict | tuple[Message, ...]:
+    """One answer, in any spelling: a verdict, or messages of which the last, an assistant's, is the answer."""
+    if isinstance(value, str):
+        return (_message("assistant", value, place),)
+    if isinstance(value, dict) and not value.keys() & {"role", "content", "from", "value"}:
+        for key in value:
+            if key not in FINDING:
+                raise MegamodError(f"{place}: no key {key!r} in a verdict, {nearest(key, FINDING)}")
+        verdict = Row((), **_finding(value, place)).verdict
+        if verdict is None:
+            raise MegamodError(f"{place} = {reprlib.repr(value)}: label = {LABELS} was expected in a verdict")
+        return verdict
+    if not value or not isinstance(value, list | dict):
+        raise MegamodError(f"{place} = {reprlib.repr(value)}: text, messages or a verdict was expected")
+    messages = (_turn(value, place),) if isinstance(value, dict) else tuple(map(_turn, value, _places(place)))
+    if messages[-1]["role"] != "assistant":
+        raise MegamodError(f"{place} ends with a message whose role is {messages[-1]['role']!r}: an assistant's was expected")
+    return messages
+
+
+def _whole(prompt: tuple[Message, ...], side: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The conversation that ends with an answer: one message answers `prompt`, more are a whole conversation."""
+    return side if len(side) > 1 else (*prompt, *side)
+
+
+def _not_empty(answer: Answer, place: str) -> None:
+    if isinstance(answer, str) and not answer.strip():
+        raise MegamodError(f"{place} is empty: a text was expected")
+
+
+def _one_of(record: Json, keys: Iterable[str], what: str, where: str) -> str | None:
+    """Which of `keys` the record has; None for none. Raises MegamodError for two."""
+    found = [key for key in keys if record.get(key) is not None]
+    if len(found) > 1:
+        raise MegamodError(f"{where}: both {' and '.join(map(repr, found))}: one of them {what}")
+    return found[0] if found else None
+
+
+def _finding(record: Json, where: str) -> dict[str, Any]:
+    """What belongs to a verdict, as Row has it."""
+    return {
+        "label": severity_of(record, "label", where),
+        "categories": names_of(record, "categories", where),
+        "reason": typed(record, "reason", str, where),
+        "refusal": typed(record, "refusal", bool, where),
+        "request": severity_of(record, "request", where),
+    }
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------------
 
 
 def _openai(record: Json, where: str) -> Iterator[Message]:
-    for i, message in enumerate(_list(record, "messages", where)):
-        place = f"{where}: messages[{i}]"
-        role, content = _entries(message, "role", "content", place)
-        if isinstance(content, list):
-            content = "".join(_text_part(part, f"{place}.content[{j}]") for j, part in enumerate(content))
-        yield _message(role, content, place)
+    yield from map(_role_turn, _list(record, "messages", where), _places(f"{where}: messages"))
+
+
+def _role_turn(message: Any, place: str) -> Message:
+    role, content = _entries(message, "role", "content", place)
+    if isinstance(content, list):
+        content = "".join(_text_part(part, f"{place}.content[{j}]") for j, part in enumerate(content))
+    return _message(role, content, place)
 
 
 def _text_part(part: Any, where: str) -> str:
@@ -169,23 +353,25 @@ def _text_part(part: Any, where: str) -> str:
 
 def _sharegpt(record: Json, where: str) -> Iterator[Message]:
     yield from _system(record, where)
-    for i, turn in enumerate(_list(record, "conversations", where)):
-        place = f"{where}: conversations[{i}]"
-        speaker, value = _entries(turn, "from", "value", place)
-        if not isinstance(speaker, str) or speaker not in SHAREGPT:
-            raise MegamodError(f"{place}: from = {reprlib.repr(speaker)}: one of {', '.join(SHAREGPT)} was expected")
-        yield _message(SHAREGPT[speaker], value, place)
+    yield from map(_from_turn, _list(record, "conversations", where), _places(f"{where}: conversations"))
+
+
+def _from_turn(turn: Any, place: str) -> Message:
+    speaker, value = _entries(turn, "from", "value", place)
+    if not isinstance(speaker, str) or speaker not in SHAREGPT:
+        raise MegamodError(f"{place}: from = {reprlib.repr(speaker)}: one of {', '.join(SHAREGPT)} was expected")
+    return _message(SHAREGPT[speaker], value, place)
 
 
 def _alpaca(record: Json, where: str) -> Iterator[Message]:
-    yield from _turns(record, where, ("instruction", "input"), "output")
+    yield from _history(record, where, ("instruction", "input"), "output")
 
 
 def _swift(record: Json, where: str) -> Iterator[Message]:
-    yield from _turns(record, where, ("query",), "response")
+    yield from _history(record, where, ("query",), "response")
 
 
-def _turns(record: Json, where: str, asked: tuple[str, ...], answer: str) -> Iterator[Message]:
+def _history(record: Json, where: str, asked: tuple[str, ...], answer: str) -> Iterator[Message]:
     yield from _system(record, where)
     for i, turn in enumerate(_list(record, "history", where, default=())):
         if not isinstance(turn, list) or len(turn) != 2:
@@ -196,6 +382,36 @@ def _turns(record: Json, where: str, asked: tuple[str, ...], answer: str) -> Ite
     yield _message("user", "\n".join(texts), f"{where}: {asked[0]}")
     if record.get(answer) is not None:
         yield _message("assistant", record[answer], f"{where}: {answer}")
+
+
+def _prompt(record: Json, where: str) -> Iterator[Message]:
+    if not any(record.get(key) is not None for key in ("completion", "chosen", *WORSE)):
+        raise MegamodError(
+            f"{where}: prompt alone: completion, or chosen and rejected, were expected beside it; a text to be judged is in 'text' or "
+            f"'messages'"
+        )
+    yield from _system(record, where)
+    value = record["prompt"]
+    if isinstance(value, str):
+        yield _message("user", value, f"{where}: prompt")
+    else:
+        yield from map(_turn, _list(record, "prompt", where), _places(f"{where}: prompt"))
+    if record.get("completion") is not None:
+        side = _side(record["completion"], f"{where}: completion")
+        if isinstance(side, Verdict) or len(side) > 1:
+            raise MegamodError(
+                f"{where}: completion = {reprlib.repr(record['completion'])}: text, or one message, an assistant's, was expected"
+            )
+        yield from side
+
+
+def _whole_pair(record: Json, where: str) -> Iterator[Message]:
+    """No message: they are in the pair, which `_with_chosen` reads."""
+    if not isinstance(record["chosen"], list):
+        value = reprlib.repr(record["chosen"])
+        typo = _typo([key for key in record if key not in KEYS], SPELLINGS)
+        raise MegamodError(f"{where}: chosen = {value}: a whole conversation was expected, or its input beside it, such as prompt{typo}")
+    yield from ()
 
 
 def _plain(record: Json, where: str) -> Iterator[Message]:
@@ -215,8 +431,23 @@ SPELLINGS: dict[str, tuple[Callable[[Json, str], Iterator[Message]], tuple[str, 
     "instruction": (_alpaca, ("input", "output", "history", "system")),
     "query": (_swift, ("response", "history", "system")),
     "text": (_plain, ("system",)),
+    "prompt": (_prompt, ("completion", "system")),
+    "chosen": (_whole_pair, ()),
 }
-KEYS = ("label", "categories", "reason", "refusal", "request", "language", "kind", "weight", "id")
+YIELDING = ("prompt", "chosen")  # the first of them holds the conversation where nothing else does; sets repeat it there
+WORSE = ("rejected", "rejected_response", "rejected_messages")
+FINDING = ("label", "categories", "reason", "refusal", "request")  # what belongs to a verdict
+KEYS = (*FINDING, "language", "kind", "weight", "id", "chosen", *WORSE, "margin", "desirable", "kto_tag")
+NUMBERED = {"prompt", "chosen", "rejected"}  # prompt_id beside prompt is no misspelling of it
+
+
+def _turn(value: Any, place: str) -> Message:
+    """A message as `messages` or as `conversations` have it."""
+    return (_from_turn if isinstance(value, dict) and "from" in value else _role_turn)(value, place)
+
+
+def _places(where: str) -> Iterator[str]:
+    return (f"{where}[{i}]" for i in itertools.count())
 
 
 def _message(role: Any, content: Any, where: str) -> Message:
@@ -257,7 +488,7 @@ def severity_of(record: Json, key: str, where: str) -> Severity | None:
     if value is None:
         return None
     if not isinstance(value, str) or value.lower() not in SEVERITIES:
-        raise MegamodError(f"{where}: {key} = {reprlib.repr(value)}: {', '.join(SEVERITIES[:-1])} or {SEVERITIES[-1]} was expected")
+        raise MegamodError(f"{where}: {key} = {reprlib.repr(value)}: {LABELS} was expected")
     return cast(Severity, value.lower())
 
 
@@ -271,16 +502,17 @@ def names_of(record: Json, key: str, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _weight(record: Json, where: str) -> float:
-    value = record.get("weight", 1.0)
+def _number(record: Json, key: str, where: str, least: float = -LARGEST_WEIGHT) -> float:
+    value = record[key]
     # The comparison is false for NaN, and takes integers too large for a float.
-    if type(value) not in (int, float) or not 0 <= value <= LARGEST_WEIGHT or not math.isfinite(value):
-        raise MegamodError(f"{where}: weight = {reprlib.repr(value)}: a finite number of at least 0 was expected")
+    if type(value) not in (int, float) or not least <= value <= LARGEST_WEIGHT or not math.isfinite(value):
+        wanted = "a finite number" if least < 0 else f"a finite number of at least {least}"
+        raise MegamodError(f"{where}: {key} = {reprlib.repr(value)}: {wanted} was expected")
     return float(value)
 
 
-def _typo(record: Json, names: Mapping[str, Any]) -> str:
-    for key in record:
+def _typo(keys: Iterable[str], names: Iterable[str]) -> str:
+    for key in keys:
         if close := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
             return f"; did you mean {close[0]!r} by {key!r}?"
     return ""

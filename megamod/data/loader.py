@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from megamod.batch import Batch
 from megamod.config import RunConfig
-from megamod.data.documents import Documents
-from megamod.data.packing import attention_costs, micro_batch, pack
+from megamod.data.documents import IGNORED, Document, Documents
+from megamod.data.packing import attention_costs, grouped, micro_batch, pack
 from megamod.data.store import MANIFEST, open_documents, prepare_all
 from megamod.errors import MegamodError
+from megamod.model.shape import Shape
 
 
 def deal(costs: npt.NDArray[np.int64], hands: int) -> list[list[int]]:
@@ -93,7 +94,8 @@ class Loader:
         self._seed = seed
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._packed = pack(documents.lengths, row_length)
+        groups = grouped(documents.joined)  # a pair's two halves lie in one row
+        self._packed = pack(groups.sums(documents.lengths), row_length).of(groups)
         self._costs = attention_costs(self._packed, documents.lengths, row_length)  # [rows]
         self.rows = len(self._packed)
         self.utilisation = int(documents.lengths.sum()) / (self.rows * row_length)
@@ -105,6 +107,33 @@ class Loader:
         groups = deal(costs, len(rows) // self._rows_per_micro_batch)
         mine = deal(np.array([costs[group].sum() for group in groups]), self._dp_size)[self._dp_rank]
         return [replace(self._micro_batch([int(rows[at]) for at in groups[j]]), seed=self._drawn(number, j)) for j in mine]
+
+    def mismatched(self, number: int, multiple: int = 1) -> list[Batch]:
+        """This rank's micro-batches of step `number`'s prompts, each with the answer of the row before it: what KTO's KL is taken from.
+
+        An answer begins at a document's first trained token. Which answer follows which prompt does not depend on the grid. A prompt
+        that leaves no room for the answer loses its first tokens.
+
+        Args:
+            multiple: of which the number of micro-batches must be one, for the pipeline; they are filled up with padding.
+
+        Raises:
+            MegamodError: a step of fewer than two rated documents: there is no other answer.
+        """
+        rows = self._stream(number * self._rows_per_step, self._rows_per_step)
+        documents = [document for row in rows for i in self._packed[int(row)].tolist() if (document := self._documents[i]).side]
+        if len(documents) < 2:
+            raise MegamodError(
+                f"step {number + 1} has {len(documents)} rated answers, and KTO's KL needs prompts with another row's answer: at least 2 "
+                f"were expected: raise data.rows_per_step"
+            )
+        made = [_answered(document, documents[i - 1], self._row_length) for i, document in enumerate(documents)]
+        packed = pack([len(document.tokens) for document in made], self._row_length).tolist()
+        packed += [[]] * (-len(packed) % (self._rows_per_micro_batch * self._dp_size * multiple))
+        groups = [packed[i : i + self._rows_per_micro_batch] for i in range(0, len(packed), self._rows_per_micro_batch)]
+        return [
+            micro_batch([[made[i] for i in row] for row in group], self._row_length) for group in groups[self._dp_rank :: self._dp_size]
+        ]
 
     def _micro_batch(self, rows: Sequence[int]) -> Batch:
         return micro_batch([[self._documents[i] for i in self._packed[row].tolist()] for row in rows], self._row_length)
@@ -124,13 +153,23 @@ class Loader:
         return np.random.default_rng([self._seed, epoch]).permutation(self.rows)
 
 
-def peek(cfg: RunConfig, vocab: int, step: int) -> list[Batch]:
+def _answered(asked: Document, other: Document, capacity: int) -> Document:
+    """The prompt of `asked` and the answer of `other`, as one document of at most `capacity` tokens."""
+    prompt = asked.tokens[: int((asked.labels != IGNORED).argmax())]
+    answer = slice(int((other.labels != IGNORED).argmax()), None)
+    prompt = prompt[max(0, len(prompt) + len(other.tokens[answer]) - capacity) :]
+    tokens = np.concatenate([prompt, other.tokens[answer]])
+    labels = np.concatenate([np.full(len(prompt), IGNORED), other.labels[answer]])
+    return Document(tokens, labels, np.zeros(len(tokens), np.bool_), other.weight, side=other.side)
+
+
+def peek(cfg: RunConfig, shape: Shape, step: int) -> list[Batch]:
     """All micro-batches of a run's global step `step`, which counts from 1, as the run has them or would have them.
 
     Nothing is written: a store that the run has made is read, one that it has not made is made in a temporary directory.
 
     Args:
-        vocab: of the run's model.
+        shape: of the run's model.
 
     Raises:
         MegamodError: a step that the run does not have, or whatever is wrong with its data.
@@ -141,8 +180,8 @@ def peek(cfg: RunConfig, vocab: int, step: int) -> list[Batch]:
     with tempfile.TemporaryDirectory(prefix="megamod-") as folder:
         for store in Path(cfg.dir, "data").glob(f"*/{MANIFEST}"):
             Path(folder, store.parent.name).symlink_to(store.parent.resolve(), target_is_directory=True)
-        stores = prepare_all(d, cfg.model.path, vocab, folder)
-        documents = open_documents(d, [store.path for store in stores], vocab, cfg.seed)
+        stores = prepare_all(d, cfg.model.path, shape.vocab, folder, shape.score)
+        documents = open_documents(d, [store.path for store in stores], shape.vocab, cfg.seed)
         loader = Loader(
             documents, row_length=d.row_length, rows_per_step=d.rows_per_step, rows_per_micro_batch=d.rows_per_micro_batch,
             seed=cfg.seed, dp_rank=0, dp_size=1,

@@ -2,9 +2,9 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from typing import TypedDict, overload
+from typing import Any, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,11 @@ class Rows(Sequence[Indices]):
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         return Rows(self.order[np.repeat(begin - starts[:-1], sizes) + np.arange(starts[-1])], starts)
 
+    def of(self, groups: "Rows") -> "Rows":
+        """The rows of what is in groups, where these are rows of groups: `groups[g]` in place of g."""
+        taken = groups.take(self.order)
+        return Rows(taken.order, taken.starts[self.starts])
+
     def tolist(self) -> list[list[int]]:
         """As lists of integers."""
         order = self.order.tolist()
@@ -61,6 +66,11 @@ class Rows(Sequence[Indices]):
     def sums(self, values: Indices) -> Indices:
         """[R] Each row's sum of its documents' `values` [N]. Every row of `pack` holds a document, which this relies on."""
         return np.add.reduceat(values[self.order], self.starts[:-1]) if len(self) else np.zeros(0, np.int64)
+
+
+def grouped(joined: npt.NDArray[np.bool_]) -> Rows:
+    """Documents in groups that stay together: a document that is `joined` [N] belongs to the one before it."""
+    return Rows(np.arange(len(joined)), np.append(np.flatnonzero(~joined), len(joined)))
 
 
 def pack(lengths: Sequence[int] | Integers, capacity: int) -> Rows:
@@ -300,7 +310,7 @@ def micro_batch(rows: Sequence[Sequence[Document]], capacity: int, pad_id: int =
 
     What is left of a row is one document of `pad_id` without labels, with its own entry in `lengths`. A position is labelled
     when the next token of the same document is trained: a document's first token is never predicted, and its last position
-    predicts nothing, whatever follows in the row.
+    predicts nothing, whatever follows in the row. Where a document has classes, they are asked of their own position.
 
     Returns:
         A batch of T = len(rows) · capacity tokens; `weight` is float32, ids are int64.
@@ -321,22 +331,48 @@ def micro_batch(rows: Sequence[Sequence[Document]], capacity: int, pad_id: int =
     ends = np.cumsum(lengths)  # [S]
     sequence = np.repeat(np.arange(len(lengths)), lengths)  # [T]
     tokens = np.concatenate([document.tokens for document in documents]).astype(np.int64)  # [T]
-    verdict = np.concatenate([document.verdict for document in documents])  # [T]
-    labels = np.concatenate([document.labels for document in documents]).astype(np.int64)  # [T]
-    target = np.roll(labels, -1)  # [T]: what follows each position …
-    target[ends - 1] = IGNORED  # … but not the next document's first token
+    target, verdict = (_shifted(documents, ends, name) for name in ("labels", "verdict"))  # [T] each
+    for document, end in zip(documents, ends.tolist(), strict=True):
+        if document.classes is not None:
+            own = slice(end - len(document.tokens), end)
+            target[own] = np.where(document.classes != IGNORED, document.classes, target[own])
     labelled = np.flatnonzero(target != IGNORED)  # [N]
     weight = np.array([document.weight for document in documents], dtype=np.float32)  # [S]
+    side = np.array([document.side for document in documents])  # [S]
+    joined = np.array([document.joined for document in documents])  # [S]
+    better = np.flatnonzero((side[:-1] == 1) & (side[1:] == -1) & joined[1:])  # [P]: the worse one follows
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(np.arange(len(tokens)) - (ends - lengths)[sequence]),
         lengths=tuple(lengths.tolist()),
         rows=torch.from_numpy(labelled),
-        labels=torch.from_numpy(target[labelled]),
-        verdict=torch.from_numpy(verdict[labelled + 1]),
+        labels=torch.from_numpy(target[labelled].astype(np.int64)),
+        verdict=torch.from_numpy(verdict[labelled].astype(np.bool_)),
         weight=torch.from_numpy(weight[sequence[labelled]]),
         sequence=torch.from_numpy(sequence[labelled]),
+        document_weight=torch.from_numpy(weight),
+        side=torch.from_numpy(side),
+        pairs=torch.from_numpy(np.stack([better, better + 1])),
+        margin=torch.tensor([documents[i].margin for i in better], dtype=torch.float64),
+        stored=_stored(documents, ends, labelled),
     )
+
+
+def _shifted(documents: Sequence[Document], ends: Indices, name: str) -> npt.NDArray[Any]:
+    """[T] what column `name` has at the token that follows each position, but for a document's last one: nothing follows it."""
+    column = np.concatenate([getattr(document, name) for document in documents])
+    shifted = np.roll(column, -1)
+    shifted[ends - 1] = IGNORED if name == "labels" else 0
+    return shifted
+
+
+def _stored(documents: Sequence[Document], ends: Indices, labelled: Indices) -> torch.Tensor | None:
+    """[N] the reference's log-probabilities of the labelled positions, where the documents have them."""
+    if not any(document.reference is not None for document in documents):
+        return None
+    zeros = [np.zeros(len(document.tokens)) for document in documents]
+    found = [replace(d, reference=d.reference if d.reference is not None else z) for d, z in zip(documents, zeros, strict=True)]
+    return torch.from_numpy(_shifted(found, ends, "reference")[labelled])
 
 
 def _padding(length: int, pad_id: int) -> Document:

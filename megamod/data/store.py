@@ -31,7 +31,9 @@ from megamod.config import ChatConfig, DataConfig, Source, SyntheticData
 from megamod.data.chat import Encoder, encoder
 from megamod.data.documents import IGNORED, Document, Documents, document_of, synthetic
 from megamod.data.jsonl import json_object, no_rows, row_of
+from megamod.data.packing import grouped
 from megamod.errors import MegamodError, listed
+from megamod.model.shape import Score
 
 FORMAT = 1
 PART_LINES = 2000  # of the JSONL file: what one process does at a time, and what a kill loses
@@ -48,13 +50,22 @@ class Column:
     per: Literal["token", "sequence"]
     dtype: str
     of: Callable[[Document], Any]  # the document's share: an array, or a number
+    absent: int | float | None = None  # what a document without it has; where all have that, no file is written
+
+
+def _classes(document: Document) -> Array:
+    return np.full(len(document.tokens), IGNORED, np.int64) if document.classes is None else document.classes
 
 
 COLUMNS = (
     Column("tokens", "token", "<i4", lambda d: d.tokens),
     Column("trained", "token", "|b1", lambda d: d.labels != IGNORED),
     Column("verdict", "token", "|b1", lambda d: d.verdict),
+    Column("classes", "token", "<i8", _classes, absent=IGNORED),
     Column("weight", "sequence", "<f8", lambda d: d.weight),
+    Column("side", "sequence", "|i1", lambda d: d.side, absent=0),
+    Column("joined", "sequence", "|b1", lambda d: d.joined, absent=0),
+    Column("margin", "sequence", "<f8", lambda d: d.margin, absent=0),
 )
 
 
@@ -72,14 +83,31 @@ class Store:
         self.trained, self.verdicts, self.largest = counts["trained"], counts["verdicts"], counts["largest"]
         sizes = {"token": counts["tokens"], "sequence": counts["documents"]}
         self._offsets = self._map("offsets", "<i8", counts["documents"] + 1)
-        self._columns = {column.name: self._map(column.name, column.dtype, sizes[column.per]) for column in COLUMNS}
+        left_out = {name for name, about in self.manifest["columns"].items() if about["left_out"]}
+        self._columns = {
+            column.name: np.broadcast_to(np.array(column.absent, column.dtype), sizes[column.per])
+            if column.name in left_out
+            else self._map(column.name, column.dtype, sizes[column.per])
+            for column in COLUMNS
+        }
+        self._has_classes = "classes" not in left_out
         self.lengths = np.diff(self._offsets)
+        self.joined, self.side = (np.array(self._columns[name]) for name in ("joined", "side"))
 
     def __getitem__(self, number: int) -> Document:
         part = slice(int(self._offsets[number]), int(self._offsets[number + 1]))
         tokens = np.array(self._columns["tokens"][part])
-        labels = np.where(self._columns["trained"][part], tokens.astype(np.int64), IGNORED)
-        return Document(tokens, labels, np.array(self._columns["verdict"][part]), float(self._columns["weight"][number]))
+        columns = self._columns
+        return Document(
+            tokens,
+            np.where(columns["trained"][part], tokens.astype(np.int64), IGNORED),
+            np.array(columns["verdict"][part]),
+            float(columns["weight"][number]),
+            int(columns["side"][number]),
+            bool(columns["joined"][number]),
+            float(columns["margin"][number]),
+            np.array(columns["classes"][part]) if self._has_classes else None,
+        )
 
     def fingerprint(self) -> str:
         """Of the columns, taken when they were written."""
@@ -103,10 +131,15 @@ class Mixed:
 
     def __init__(self, parts: Sequence[tuple[Documents, float]], seed: int) -> None:
         self._parts, self._seed = parts, seed
-        numbers = [_repeated(len(documents.lengths), weight, (seed, i)) for i, (documents, weight) in enumerate(parts)]
+        numbers = []  # of each source's documents; what is joined is repeated together
+        for i, (documents, weight) in enumerate(parts):
+            groups = grouped(documents.joined)
+            numbers.append(groups.take(_repeated(len(groups), weight, (seed, i))).order)
         self._part = np.repeat(np.arange(len(parts)), [len(n) for n in numbers])
         self._number = np.concatenate(numbers)
         self.lengths = np.concatenate([documents.lengths[n] for (documents, _), n in zip(parts, numbers, strict=True)])
+        self.joined = np.concatenate([documents.joined[n] for (documents, _), n in zip(parts, numbers, strict=True)])
+        self.side = np.concatenate([documents.side[n] for (documents, _), n in zip(parts, numbers, strict=True)])
         self.trained = sum(documents.trained for documents, _ in parts)
         self.verdicts = sum(documents.verdicts for documents, _ in parts)
 
@@ -145,32 +178,39 @@ class Prepared(NamedTuple):
         return " · ".join(parts)
 
 
-def prepare_all(cfg: DataConfig, model: str, vocab: int, into: str | Path) -> list[Prepared]:
+def prepare_all(cfg: DataConfig, model: str, vocab: int, into: str | Path, score: Score | None = None) -> list[Prepared]:
     """Make, or find made, the store of every file that `cfg.train` names, below `into`; those that are stores stay where they are.
+
+    Args:
+        score: the model's head of scores, if it has one.
 
     Raises:
         MegamodError: see `prepare`.
     """
     if isinstance(cfg.train, SyntheticData):
+        if score is not None:
+            raise MegamodError(f"data.train: made-up documents have no classes, and the model has {score}: use conversations with labels")
         return []
 
     def one(source: Source) -> Prepared:
         if (Path(source.path) / MANIFEST).exists():
             store = Store(source.path)
-            _check_encoder(store, cfg.chat, model)
+            _check_encoder(store, cfg.chat, model, score)
             return Prepared(source.path, store.manifest["counts"], {})
-        return prepare(source.path, into, cfg.chat, model, limit=cfg.row_length, vocab=vocab)
+        return prepare(source.path, into, cfg.chat, model, limit=cfg.row_length, vocab=vocab, score=score)
 
     return [one(source) for source in (cfg.train if isinstance(cfg.train, tuple) else (Source(cfg.train),))]
 
 
-def _check_encoder(store: Store, chat: ChatConfig, model: str) -> None:
+def _check_encoder(store: Store, chat: ChatConfig, model: str, score: Score | None) -> None:
     """Refuse a store of conversations that this run would have tokenised otherwise."""
     made = store.manifest["identity"]["encoder"]
     if "tokenizer" not in made:  # it was made of tokenised documents
+        if score is not None:
+            raise MegamodError(f"{store.directory}: tokenised documents have no classes, and the model has {score}")
         return
-    ours = json.loads(json.dumps(encoder(chat, model).identity()))
-    differ = [key for key in sorted(ours) if key != "limit" and ours[key] != made.get(key)]
+    ours = json.loads(json.dumps(encoder(chat, model, score=score).identity()))
+    differ = [key for key in sorted({*ours, *made}) if key != "limit" and ours.get(key) != made.get(key)]
     if differ:
         raise MegamodError(
             f"{store.directory}: prepared with another {listed(differ)} than data.chat and model.path ask for: prepare it again"
@@ -210,6 +250,7 @@ def prepare(
     vocab: int | None = None,
     processes: int = 1,
     name: str | None = None,
+    score: Score | None = None,
 ) -> Prepared:
     """Make the token store of a JSONL file; what an earlier, killed attempt has done is not done again.
 
@@ -221,6 +262,7 @@ def prepare(
         limit: the tokens that a document may have: a row's. None: any number.
         vocab: of the model, for tokenised documents.
         processes: that encode at the same time. The store does not depend on it.
+        score: the model's head of scores, if it has one: documents then have classes in place of labels.
         name: of the store; None: the file's, with a digest of what decides its content. So another tokenizer, template or
             file makes another store, and the same ones find this one.
 
@@ -229,7 +271,9 @@ def prepare(
             something else.
     """
     scan = _scan(Path(path))
-    made = None if scan.is_tokenised else encoder(chat, model, limit)
+    made = None if scan.is_tokenised else encoder(chat, model, limit, score)
+    if made is None and score is not None:
+        raise MegamodError(f"{path}: tokenised documents have no classes, and the model has {score}: use conversations with labels")
     if made is None and chat != ChatConfig(too_long=chat.too_long):
         raise MegamodError(f"{path}: tokenised documents: data.chat would not be read, but for too_long")
     how = {"limit": limit, "too_long": chat.too_long, "vocab": vocab} if made is None else made.identity()
@@ -251,7 +295,7 @@ def prepare(
         raise MegamodError(f"{into}: {error.strerror or error}: a folder that can be made was expected") from None
     tasks = [_Task(str(path), start, line, PART_LINES, parts / f"{i:06d}.npz") for i, (start, line) in enumerate(scan.parts)]
     todo = [task for task in tasks if not task.part.exists()]
-    work = _Work(todo, chat, model, limit, vocab, scan.is_tokenised)
+    work = _Work(todo, chat, model, limit, vocab, scan.is_tokenised, score)
     bar = tqdm(total=len(tasks) * PART_LINES, initial=(len(tasks) - len(todo)) * PART_LINES, desc=f"encoding {path}", unit=" rows", delay=3)
     try:
         with bar:
@@ -313,6 +357,7 @@ class _Work:
     limit: int | None
     vocab: int | None
     is_tokenised: bool
+    score: Score | None = None
 
     def run(self, made: Encoder | None, first: int, stride: int) -> Iterator[None]:
         """Encode every `stride`-th part from `first` on."""
@@ -389,7 +434,7 @@ def _in_processes(work: _Work, processes: int) -> Iterator[None]:
 
 def _serve(work: _Work, first: int, stride: int, answers: Any) -> None:
     try:
-        made = None if work.is_tokenised else encoder(work.chat, work.model, work.limit)
+        made = None if work.is_tokenised else encoder(work.chat, work.model, work.limit, work.score)
         for _ in work.run(made, first, stride):
             answers.put(None)
     except MegamodError as error:
@@ -420,14 +465,17 @@ def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) ->
     counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
     unread: Counter[str] = Counter()
     digests = {column.name: hashlib.sha256() for column in COLUMNS}
+    left_out = {column.name for column in COLUMNS if column.absent is not None}
     lengths = []
     writers = {column.name: (draft / f"{column.name}.bin").open("wb") for column in COLUMNS}
     try:
         for task in tasks:
             with np.load(task.part, allow_pickle=False) as part:
-                for name, digest in digests.items():
-                    digest.update(part[name].tobytes())
-                    writers[name].write(part[name].tobytes())
+                for column in COLUMNS:
+                    digests[column.name].update(part[column.name].tobytes())
+                    writers[column.name].write(part[column.name].tobytes())
+                    if (part[column.name] != column.absent).any():
+                        left_out.discard(column.name)
                 lengths.append(part["lengths"])
                 part_counts, part_unread = json.loads(part["about"].tobytes())
                 counts.update(part_counts)
@@ -435,11 +483,14 @@ def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) ->
                 counts["tokens"] += len(part["tokens"])
                 firsts = np.cumsum(part["lengths"]) - part["lengths"]
                 counts["trained"] += int(part["trained"].sum() - part["trained"][firsts].sum())  # a first token is never predicted
+                counts["trained"] += int((part["classes"] != IGNORED).sum())
                 counts["verdicts"] += int(part["verdict"].sum())
                 counts["largest"] = max(counts["largest"], int(part["tokens"].max(initial=0)))
     finally:
         for writer in writers.values():
             writer.close()
+    for name in left_out:
+        (draft / f"{name}.bin").unlink()
     offsets = np.concatenate([[0], *lengths]).cumsum()
     offsets.astype("<i8").tofile(draft / "offsets.bin")
     if not counts["documents"]:
@@ -447,7 +498,7 @@ def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) ->
         raise MegamodError(f"{about['source']}: no documents: all {counts['skipped']} are longer than a row: see data.chat.too_long")
     whole = hashlib.sha256(json.dumps([hashlib.sha256(offsets.tobytes()).hexdigest(), *(d.hexdigest() for d in digests.values())]).encode())
     manifest = {
-        "format": FORMAT, "columns": {c.name: {"per": c.per, "dtype": c.dtype} for c in COLUMNS},
+        "format": FORMAT, "columns": {c.name: {"per": c.per, "dtype": c.dtype, "left_out": c.name in left_out} for c in COLUMNS},
         "counts": dict(counts), "unread": dict(unread), "fingerprint": whole.hexdigest(), **about,
     }  # fmt: skip
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -462,7 +513,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     file = directory / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        columns = {name: (entry["per"], entry["dtype"]) for name, entry in manifest["columns"].items()}
+        columns = {name: (entry["per"], entry["dtype"], type(entry.get("left_out"))) for name, entry in manifest["columns"].items()}
         if manifest["format"] != FORMAT:
             raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}: prepare it again")
         numbers = [manifest["counts"][key] for key in COUNTS]
@@ -473,7 +524,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise MegamodError(f"{file}: {error.strerror or error}: a store made by tools/prepare_data.py was expected") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MegamodError(f"{file}: damaged ({error}): prepare it again") from None
-    missing = [c.name for c in COLUMNS if columns.get(c.name) != (c.per, c.dtype)]
+    missing = [c.name for c in COLUMNS if columns.get(c.name) != (c.per, c.dtype, bool)]
     if missing:
         raise MegamodError(f"{file}: made with other columns than {listed(missing)}: prepare it again")
     return manifest

@@ -6,6 +6,7 @@ and whatever grid can train can judge: there is no second model, and no cache of
 - **Score.** Each label's string is fed after the prompt, its tokens' log-probabilities are summed, and the sums are normalised
   over the labels: p(strict) = 1 - p(safe), p(loose) = p(unsafe). Strings that begin alike share what they have in common: after
   `Safety:`, Qwen3's three labels need one document, since two are a single token.
+- **Classify.** A head of scores is asked once a text, at its last token, or at every token (`_severities`).
 - **Decode.** Greedy, by verification (Stern et al. 2018, arXiv:1811.03115): a whole verdict is guessed from those seen before,
   one pass tells which token the model would have said at each place of it, and the guess is kept up to the first that differs.
   The result is exactly greedy decoding; a verdict that was guessed right takes one pass, and a token that was not one more.
@@ -33,10 +34,11 @@ from megamod.errors import MegamodError, nearest
 from megamod.evaluate.metrics import Judged
 from megamod.model.build import Decoder
 from megamod.model.head import Head
+from megamod.model.shape import Score
 from megamod.parallel.collectives import gathered
 from megamod.parallel.grid import Grid
 from megamod.step import collect
-from megamod.verdicts import SEVERITIES, Severity
+from megamod.verdicts import SEVERITIES, Severity, Verdict
 
 WAVE = 16  # packed rows of each data-parallel rank and stage between two movements of the progress bar
 Ids = tuple[int, ...]
@@ -50,8 +52,8 @@ class Query(NamedTuple):
     ids: npt.NDArray[np.int64]  # [n]; 0 where nothing is asked about an id
 
 
-Answer = npt.NDArray[np.float64]  # [n]: to each question of a Query; float64 holds token ids too
-Question = Callable[[Head, Batch], Tensor]  # gives [N]
+Answer = npt.NDArray[np.float64]  # [n], or [n, L]: to each question of a Query; float64 holds token ids too
+Question = Callable[[Head, Batch], Tensor]  # gives [N], or [N, L]
 
 
 def judge(
@@ -86,7 +88,10 @@ def judge(
         raise MegamodError(f"scoring = {scoring!r}: {nearest(str(scoring), choices)}")
     if (decode is not None and decode < 0) or max_new_tokens < 1:
         raise MegamodError(f"decode = {decode}, max_new_tokens = {max_new_tokens}: at least 0 and 1 were expected")
+    check(encoder, scoring, decode)
     asker = _Asker(chunks, grid, encoder, progress and grid.rank == 0)
+    if encoder.score is not None:
+        return _classified(asker, rows)
     contexts = _Contexts(encoder, scoring)
     decoded = len(rows) if decode is None else min(decode, len(rows))
     plans = [contexts.plan(row) for row in rows]
@@ -103,6 +108,15 @@ def judge(
         verdict = None if text is None else encoder.format.parse(text, row.is_response)
         found.append(Judged(scores[i], row.label, row.categories, row.language, verdict, text, row.kind, prompts[i].notes))
     return found
+
+
+def check(encoder: Encoder, scoring: Scoring, decode: int | None) -> None:
+    """Refuse what a model with a head of scores cannot be asked. Raises MegamodError."""
+    if encoder.score is None:
+        return
+    severities_of(encoder.score)
+    if decode != 0 or scoring != "whole":
+        raise MegamodError(f"decode = {decode}, scoring = {scoring!r}: the model has {encoder.score}, which say no text")
 
 
 # --- scoring -----------------------------------------------------------------------------------------------------------------
@@ -214,6 +228,59 @@ def _score(
         scores.append(found[worst])
         windows.append(own.windows[worst])
     return scores, windows
+
+
+# --- a head of scores ----------------------------------------------------------------------------------------------------------
+
+
+def _classified(asker: "_Asker", rows: Sequence[Row]) -> list[Judged]:
+    """Verdicts of a classifier. Raises MegamodError where its scores are of no severities."""
+    score = asker.encoder.score
+    assert score is not None
+    severities = severities_of(score)
+    prompts = [asker.encoder.prompts(row) for row in rows]
+    queries = [Query(window, at, np.zeros(len(at), np.int64)) for own in prompts for window, at in zip(own.windows, own.asked, strict=True)]
+    answers = iter(asker.ask(queries, _scores, "scoring"))
+    found = []
+    for row, own in zip(rows, prompts, strict=True):
+        windows = [_severities(score, severities, next(answers)) for _ in own.windows]
+        chances, categories = min(windows, key=lambda window: window[0]["safe"])  # the least safe
+        severity = max(chances, key=lambda one: chances[one])
+        # A verdict says categories; of a head without them, none is not the same as no category.
+        verdict = Verdict(severity, () if severity == "safe" else categories) if {*score.labels} - {*SEVERITIES} else None
+        found.append(Judged(chances, row.label, row.categories, row.language, verdict, None, row.kind, own.notes))
+    return found
+
+
+def severities_of(score: Score) -> list[Severity]:
+    """The severities that a head of scores tells apart. Raises MegamodError for one that cannot judge."""
+    found = [severity for severity in SEVERITIES if severity in score.labels]
+    is_each = score.problem == "multi_label_classification" and not score.every_token  # a probability of its own for every label
+    if score.problem == "regression" or not ({*score.labels} - {"safe"} if is_each else {"safe"} < {*found}):
+        raise MegamodError(f"the model has {score}: scores of safe and of another severity, or of categories, were expected to judge with")
+    return found
+
+
+def _severities(score: Score, severities: Sequence[Severity], z: Answer) -> tuple[dict[Severity, float], tuple[str, ...]]:
+    """The severities' probabilities, and the categories, from scores `[n, L]` of one token, or of every token of a text.
+
+    Of one class the probabilities are the softmax over severities; of any number of classes a text is as unsafe as its likeliest class.
+    Of every token, two in a row must say that the text is not safe before it is (as Qwen3Guard-Stream flags, arXiv:2510.14276): the
+    pair counts whose safer token is the least safe, and of that pair the safer token. A single token speaks for itself.
+    """
+    others = [i for i, label in enumerate(score.labels) if label not in SEVERITIES]
+    if score.problem == "multi_label_classification" and not score.every_token:
+        likely = 1 / (1 + np.exp(-z[0]))  # [L]
+        held = [i for i, label in enumerate(score.labels) if label != "safe"]
+        worst = float(likely[held].max())
+        return {"safe": 1 - worst, "unsafe": worst}, tuple(score.labels[i] for i in others if likely[i] > 0.5)
+    own = z[:, [score.labels.index(severity) for severity in severities]]
+    chances = np.exp(own - np.logaddexp.reduce(own, axis=1, keepdims=True))  # [n, severities]
+    safe = chances[:, severities.index("safe")]
+    pair = int(np.maximum(safe[:-1], safe[1:]).argmin()) if len(safe) > 1 else 0
+    at = pair if len(safe) == 1 or safe[pair] >= safe[pair + 1] else pair + 1
+    categories = (score.labels[max(others, key=lambda i: z[at, i])],) if others else ()
+    return dict(zip(severities, chances[at].tolist(), strict=True)), categories
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------------------
@@ -375,6 +442,10 @@ class _Asker:
 
 def _logprobs(head: Head, batch: Batch) -> Tensor:
     return head.logprobs(batch.labels).double()
+
+
+def _scores(head: Head, batch: Batch) -> Tensor:
+    return head.scores().double()
 
 
 def _greedy(head: Head, batch: Batch) -> Tensor:

@@ -4,8 +4,8 @@
      "verdict": {"severity": "unsafe", "categories": ["Violent"], …}, "text": "Safety: Unsafe⏎…", "label": "unsafe", …}
 
 `severity` is the most probable one; `verdict` and `text` are there where the text was decoded, `verdict` null where it did not
-parse; `notes` say what to know of it (read in windows, holds special tokens); `id`, `label`, `categories`, `language` and `kind` are the
-row's own.
+parse; a classifier with categories says a `verdict` without text; `notes` say what to know of it (read in windows, holds special
+tokens); `id`, `label`, `categories`, `language` and `kind` are the row's own.
 """
 
 import dataclasses
@@ -27,7 +27,9 @@ def record(row: Row, judged: Judged) -> dict[str, Any]:
     """One line of the file."""
     own = {"id": row.id, "label": row.label, "categories": list(row.categories), "language": row.language, "kind": row.kind}
     verdict = judged.verdict and {k: v for k, v in dataclasses.asdict(judged.verdict).items() if v is not None}
-    decoded = {"verdict": verdict, "text": judged.text} if judged.text is not None else {}
+    decoded: dict[str, Any] = {"text": judged.text} if judged.text is not None else {}
+    if verdict is not None or judged.text is not None:
+        decoded = {"verdict": verdict, **decoded}
     known = {key: value for key, value in own.items() if value not in (None, [])}
     notes = {"notes": list(judged.notes)} if judged.notes else {}
     return {"line": row.line, "severity": judged.severity, "scores": dict(judged.scores), **decoded, **notes, **known}

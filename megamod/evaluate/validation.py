@@ -14,7 +14,7 @@ from megamod.data.chat import Encoder
 from megamod.data.jsonl import Row, json_object, lines_of, read_rows
 from megamod.errors import MegamodError, nearest
 from megamod.evaluate import report
-from megamod.evaluate.judge import judge
+from megamod.evaluate.judge import check, judge
 from megamod.evaluate.metrics import HEADLINE, measure
 from megamod.model.build import Decoder
 from megamod.parallel.collectives import together
@@ -53,6 +53,7 @@ class Validation:
     ) -> None:
         self._cfg, self._encoder, self._directory, self._steps = cfg, encoder, directory, steps
         self._rows = [encoder.gold(row) for row in rows]
+        check(encoder, cfg.scoring, cfg.decode)
         for i, row in enumerate(rows):
             encoder.prompts(row, cfg.max_new_tokens if i < cfg.decode else 0)
         # What was said of other rows, or scored otherwise, is another number.

@@ -22,7 +22,7 @@ from megamod.batch import Batch
 from megamod.config import ModelConfig
 from megamod.model import backends
 from megamod.model.attention import PackedRow, self_attention_spec
-from megamod.model.head import Head
+from megamod.model.head import Head, ScoreHead, Scores
 from megamod.model.lora import Saved
 from megamod.model.norm import RMSNorm
 from megamod.model.shape import Shape
@@ -40,6 +40,8 @@ class Decoder(GPTModel):
         super().__init__(**kwargs)
         self.shape, self.grid = shape, grid
         self.saved = Saved()  # what adapters have of the embedding and the head
+        if self.post_process and shape.score is not None:
+            self.output_layer = Scores(self.config, shape.score)
 
     def forward(self, batch: Batch) -> Tensor:
         """`[T', 1, C]`: the stage's output, T' = T/cp, or T/(cp·tp) with sequence parallelism."""
@@ -60,8 +62,7 @@ class Decoder(GPTModel):
         Recomputation takes an input that requires no gradient for a layer that needs none, and a pipeline's first stage must have
         something to go back to: with a frozen embedding, every adapter of that stage would silently stay as it is.
         """
-        own = self.embedding.word_embeddings.weight
-        weight = {"word_embeddings.weight": self.saved.instead_of("embed_tokens", own)}
+        weight = {"word_embeddings.weight": self._own("embedding.word_embeddings.weight")}
         result: Tensor = functional_call(self.embedding, weight, kwargs={"input_ids": tokens, "position_ids": tokens})
         return result.requires_grad_() if torch.is_grad_enabled() and not result.requires_grad else result
 
@@ -71,10 +72,16 @@ class Decoder(GPTModel):
 
     def head(self, hidden: Tensor, batch: Batch) -> Head:
         """The head over this chunk's output; on the last chunk only."""
-        tied = self.share_embeddings_and_output_weights
-        own = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        weight = self.saved.instead_of("embed_tokens" if tied else "lm_head", own)
-        return Head(hidden, weight, self.shape.vocab, batch.rows, self.grid.tp.group, self.grid.sp)
+        place = (batch.rows, self.grid.tp.group, self.grid.sp)
+        is_embedding = self.share_embeddings_and_output_weights and self.pre_process  # a tied last stage has a copy
+        weight = self._own("embedding.word_embeddings.weight" if is_embedding else "output_layer.weight")
+        if (score := self.shape.score) is None:
+            return Head(hidden, weight, self.shape.vocab, *place)
+        return ScoreHead(hidden, weight, self._own("output_layer.bias") if score.every_token else None, score, *place)
+
+    def _own(self, name: str) -> Tensor:
+        """The parameter `name`, or what the active adapter has in its place."""
+        return self.saved.instead_of(name, self.get_parameter(name))
 
 
 def transformer_config(cfg: ModelConfig, shape: Shape, grid: Grid, deterministic: bool) -> TransformerConfig:

@@ -1,11 +1,13 @@
-"""The head: from hidden states to log-probabilities, the only place that knows how the vocabulary is sharded.
+"""The head: from hidden states to log-probabilities or scores, the only place that knows how the vocabulary is sharded.
 
 It takes the labelled rows only, multiplies in chunks and keeps three numbers a row, so logits of the whole row, `[T, V/tp]`,
 never exist. Padded vocabulary columns are left out of the product, which is to count them as -∞.
 """
 
+import inspect
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,9 +16,15 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megamod.errors import MegamodError
+from megamod.model.shape import Score, unnamed
 
 CHUNK_BYTES = 256 << 20  # of logits at a time, in the accumulation's dtype
+# Columns at a time on a CPU: their logits, and the weight that made them, are then still in its cache when they are asked for again.
+CPU_COLUMNS = 1024
 
 
 class Statistics(NamedTuple):
@@ -39,6 +47,8 @@ class Head:
         sp: whether `hidden` is split over `tp` along T.
     """
 
+    shared: ClassVar[bool] = True  # whether tensor-parallel ranks divide the product, so that each gets a part of hidden's gradient
+
     def __init__(
         self, hidden: Tensor, weight: Tensor, vocab: int, rows: Tensor, tp: dist.ProcessGroup | None = None, sp: bool = False
     ) -> None:
@@ -55,31 +65,35 @@ class Head:
 
     @cached_property
     def hidden(self) -> Tensor:
-        """`[N, C]`: the labelled rows, the same on every tensor-parallel rank; their gradients are summed over them."""
+        """`[N, C]`: the labelled rows, the same on every tensor-parallel rank; where these divide what follows, gradients are summed."""
         with torch.enable_grad():  # it is kept: who asks first, and without a gradient, must not take it from the others
             x = self._all.reshape(-1, self._all.shape[-1])
             if self.tp is None or self.tp.size() == 1:
                 return x[self._rows]
-            if self._sp:  # backward: reduce-scatter
-                return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp)[self._rows]
-            return copy_to_tensor_model_parallel_region(x[self._rows], group=self.tp)
+            if self._sp:  # backward: reduce-scatter; where every rank has the whole gradient, its own stretch of it
+                return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=self.shared, group=self.tp)[self._rows]
+            return copy_to_tensor_model_parallel_region(x[self._rows], group=self.tp) if self.shared else x[self._rows]
 
     def statistics(self, ids: Tensor) -> Statistics:
         """Log-probability of `ids` `[N]`, log-sum-exp and entropy, all from one pass; differentiable. At least fp32."""
-        group = self.tp if self.tp is not None and self.tp.size() > 1 else None
-        return Statistics(*_Vocabulary.apply(self.hidden, self.weight, ids, self.first, self.columns, self._chunk, group))
+        return Statistics(*self._statistics(ids, entropy=True))
 
     def logprobs(self, ids: Tensor) -> Tensor:
         """`[N]` log p(ids[i]) at the labelled positions."""
-        return self.statistics(ids).logprob
+        return self._statistics(ids, entropy=False)[0]
 
     def logsumexp(self) -> Tensor:
         """`[N]` log Σ exp z: what a z-loss (Chowdhery et al. 2022) squares."""
-        return self.statistics(self._any_id()).logsumexp
+        return self._statistics(self._any_id(), entropy=False)[1]
 
     def entropy(self) -> Tensor:
         """`[N]` entropy of the next token's distribution, in nats."""
         return self.statistics(self._any_id()).entropy
+
+    def _statistics(self, ids: Tensor, entropy: bool) -> tuple[Any, ...]:
+        """The fields of Statistics; without `entropy`, which costs passes over all logits, None in its place."""
+        group = self.tp if self.tp is not None and self.tp.size() > 1 else None
+        return _Vocabulary.apply(self.hidden, self.weight, ids, self.first, self.columns, self._width, group, entropy)
 
     @torch.no_grad()
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
@@ -115,13 +129,84 @@ class Head:
             z = gather_from_tensor_model_parallel_region(z, group=self.tp)
         return z[:, : self.vocab]
 
+    def scores(self) -> Tensor:
+        """What a head of scores has instead of log-probabilities: see ScoreHead. Raises MegamodError."""
+        raise MegamodError("this model's head is the vocabulary, which has no scores: set model.score for a head that has")
+
     @property
     def _chunk(self) -> int:
-        """Rows whose logits are computed at a time."""
+        """Rows whose logits, of all columns, are computed at a time."""
         return max(1, CHUNK_BYTES // (_at_least_fp32(self.hidden.dtype).itemsize * max(1, self.columns)))
+
+    @property
+    def _width(self) -> int:
+        """Columns whose logits, of all rows, are computed at a time."""
+        width = max(1, CHUNK_BYTES // (_at_least_fp32(self.hidden.dtype).itemsize * max(1, len(self._rows))))
+        return min(width, CPU_COLUMNS) if self.hidden.device.type == "cpu" else width
 
     def _any_id(self) -> Tensor:
         return torch.zeros(len(self._rows), dtype=torch.long, device=self._rows.device)
+
+
+class Scores(nn.Module):
+    """The parameters of a head of scores: `weight` `[L, C]` and, where every token is scored, `bias` `[L]`; whole on every rank.
+
+    Args:
+        config: megatron-core's TransformerConfig, for C, the dtype and the device.
+    """
+
+    def __init__(self, config: Any, score: Score) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        count, like = len(score.labels), {"dtype": config.params_dtype, "device": device}
+        self.weight = nn.Parameter(torch.empty(count, config.hidden_size, **like))
+        self.bias = nn.Parameter(torch.empty(count, **like)) if score.every_token else None
+
+
+class ScoreHead(Head):
+    """The head of scores of one micro-batch: L numbers for each labelled position, computed alike on every tensor-parallel rank.
+
+    Args:
+        hidden: as in Head.
+        weight: `[L, C]`.
+        bias: `[L]`, of a head that scores every token.
+        rows: as in Head; a classifier of whole texts has its labels at their last tokens.
+        score: what the scores are called.
+    """
+
+    shared = False
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, score: Score, rows: Tensor, tp: dist.ProcessGroup | None = None,
+        sp: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(hidden, weight, len(weight), rows, tp, sp)
+        self.bias, self.score = bias, score
+
+    @classmethod
+    def whole(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "ScoreHead":
+        """The head of a single process, on `[N, C]` labelled positions: the same loss in a notebook."""
+        score = Score(unnamed(len(weight)), "regression", every_token=bias is not None)
+        return cls(hidden, weight, bias, score, torch.arange(len(hidden), device=hidden.device))
+
+    def scores(self) -> Tensor:
+        """`[N, L]` at the labelled positions: x Wᵀ + b, multiplied in at least fp32, so that no score is rounded to bfloat16."""
+        work = _at_least_fp32(self.hidden.dtype)
+        z = self.hidden.to(work) @ self.weight.t().to(work)
+        return z if self.bias is None else z + self.bias.to(work)
+
+
+def _refusal(question: str) -> Callable[..., NoReturn]:
+    def refuse(self: ScoreHead, *args: Any, **kwargs: Any) -> NoReturn:
+        raise MegamodError(f"this model has {self.score}: a loss asks head.scores(), not head.{question}()")
+
+    return refuse
+
+
+# Whatever a loss may ask of a vocabulary, now or later, is no question to a head that has none.
+for _name, _ in inspect.getmembers(Head, inspect.isfunction):
+    if not _name.startswith("_") and _name not in vars(ScoreHead):
+        setattr(ScoreHead, _name, _refusal(_name))
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -129,7 +214,10 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Vocabulary(torch.autograd.Function):
-    """z = h Wᵀ over this rank's columns, chunk by chunk of rows; the backward computes each chunk's z again.
+    """z = h Wᵀ over this rank's columns, a block of columns at a time for all rows; the backward computes each block's z again.
+
+    By columns rather than by rows, since a block's rows of the weight's gradient are then complete with one product: they are
+    written once, in the weight's dtype, and what is summed over blocks is as small as h.
 
     With p = softmax(z) and gradients a, b, c of log p(id), log-sum-exp and entropy H:
     dz = a·(onehot(id) - p) + b·p - c·p·(log p + H).
@@ -137,52 +225,73 @@ class _Vocabulary(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, first: int, columns: int, rows: int, group: dist.ProcessGroup | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, first: int, columns: int, width: int, group: dist.ProcessGroup | None,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         work = _at_least_fp32(hidden.dtype)
-        w = weight[:columns]
-        local = ids - first
-        here = (local >= 0) & (local < columns)
-        n = len(hidden)
-        top = torch.full((n,), float("-inf"), dtype=work, device=hidden.device)
+        local, n = ids - first, len(hidden)
+        top = torch.full((n,), float("-inf"), dtype=work, device=hidden.device)  # the largest z so far
         sums = torch.zeros(3, n, dtype=work, device=hidden.device)  # Σ exp(z - top), Σ exp(z - top)·z, z[id]
-        for part in _chunks(n if columns else 0, rows):
-            z = (hidden[part] @ w.t()).to(work)  # [rows, V/tp]
-            top[part] = z.amax(-1)
-            sums[2, part] = z.gather(-1, local[part].clamp(0, columns - 1)[:, None])[:, 0] * here[part]
-            e = (z - top[part, None]).exp()
-            sums[0, part], sums[1, part] = e.sum(-1), (e * z).sum(-1)
+        for block in _chunks(columns, width):
+            z = (hidden @ weight[block].t()).to(work)  # [N, width]
+            at, here = _within(local, block)
+            sums[2] += torch.where(here, z.gather(-1, at[:, None])[:, 0], 0)
+            before, top = top, torch.maximum(top, z.amax(-1))
+            sums[:2] *= (before - top).exp()
+            if with_entropy:
+                e = (z - top[:, None]).exp_()
+                sums[1] += (e * z).sum(-1)
+            else:
+                e = z.sub_(top[:, None]).exp_()
+            sums[0] += e.sum(-1)
         highest = top.clone()
         if group is not None:
             dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
             sums[:2] *= (top - highest).exp()
             dist.all_reduce(sums, group=group)
         lse = sums[0].log() + highest
-        entropy = lse - sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, local, here, lse, entropy)
-        ctx.columns, ctx.rows = columns, rows
+        entropy = lse - sums[1] / sums[0] if with_entropy else None
+        ctx.save_for_backward(hidden, weight, local, lse, entropy)
+        ctx.columns, ctx.width = columns, width
+        ctx.set_materialize_grads(False)  # None says that the entropy's gradient was not asked, and its passes can be left out
         return sums[2] - lse, lse, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logprob: Tensor, d_lse: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, here, lse, entropy = ctx.saved_tensors
-        columns, work, w = ctx.columns, lse.dtype, weight[: ctx.columns]
-        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros(weight.shape, dtype=work, device=weight.device) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(hidden) if columns else 0, ctx.rows):
-            log_p = (hidden[part] @ w.t()).to(work) - lse[part, None]  # [rows, V/tp]
-            p = log_p.exp()
-            dz = p * (d_lse[part] - d_logprob[part] - d_entropy[part] * entropy[part])[:, None]
-            dz.addcmul_(p * log_p, d_entropy[part, None], value=-1)
-            at = local[part].clamp(0, columns - 1)[:, None]
-            dz.scatter_add_(-1, at, (d_logprob[part] * here[part])[:, None])
+    @once_differentiable
+    def backward(ctx: Any, d_logprob: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, local, lse, entropy = ctx.saved_tensors
+        to_id = torch.zeros_like(lse) if d_logprob is None else d_logprob
+        to_p = -to_id if d_lse is None else d_lse - to_id
+        d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if d_weight is not None:
+            d_weight[ctx.columns :].zero_()  # padding; every other row is written below
+        for block in _chunks(ctx.columns, ctx.width):
+            w = weight[block]
+            log_p = (hidden @ w.t()).to(lse.dtype).sub_(lse[:, None])  # [N, width]
+            if d_entropy is None:
+                dz = log_p.exp_().mul_(to_p[:, None])
+            else:
+                p = log_p.exp()
+                dz = log_p.add_(entropy[:, None]).mul_(-d_entropy[:, None]).add_(to_p[:, None]).mul_(p)
+            at, here = _within(local, block)
+            dz.scatter_add_(-1, at[:, None], (to_id * here)[:, None])
             dz = dz.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = dz @ w
+            if d_hidden is not None and d_hidden.dtype == dz.dtype:
+                d_hidden.addmm_(dz, w)
+            elif d_hidden is not None:
+                d_hidden += dz @ w
             if d_weight is not None:
-                d_weight[:columns] += dz.t() @ hidden[part]
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None, None
+                torch.mm(dz.t(), hidden, out=d_weight[block])
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None, None, None
 
 
-def _chunks(n: int, rows: int) -> list[slice]:
-    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+def _within(local: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Each id's column in a block of columns, any column where it is not there, and whether it is there; `[N]` each."""
+    at = local - block.start
+    here = (at >= 0) & (local < block.stop)
+    return at.clamp(0, block.stop - block.start - 1), here
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]

@@ -47,6 +47,7 @@ from megamod.weights.peft import Slot, saved, slots
 from megamod.weights.table import Piece, Placed, Row, pieces, placed, table
 from megamod_kernels.lora import Dropout, Part, lora_down, lora_linear, lora_up, path
 
+REFERENCE = "reference"  # the frozen adapter that preference losses compare with
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -215,20 +216,28 @@ class LoraLinear(nn.Module):
 
 
 class Saved(nn.Module):
-    """`modules_to_save`: an adapter's own copies of the embedding and the head, which stand in for the base's while it counts."""
+    """`modules_to_save`: an adapter's own copies of the embedding and the head, which stand in for the base's while it counts.
+
+    A copy is called as the parameter is in whose place it stands, without the dots, which no parameter's name may have.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapters = nn.ModuleDict()  # name → leaf → weight
+        self.adapters = nn.ModuleDict()  # name → copy's name → copy
         self.switch = Switch()
 
-    def instead_of(self, leaf: str, weight: Tensor) -> Tensor:
-        """The active adapter's copy of embed_tokens or lm_head, else `weight`."""
+    @staticmethod
+    def called(parameter: str) -> str:
+        """What the copy of `parameter` is called."""
+        return parameter.replace(".", "_")
+
+    def instead_of(self, parameter: str, weight: Tensor) -> Tensor:
+        """The active adapter's copy of `parameter`, else `weight`, which is the parameter itself."""
         name = self.switch.active
         if name is None or name not in self.adapters:
             return weight
         copies: Any = self.adapters[name]
-        return copies.get(leaf, weight)
+        return copies.get(self.called(parameter), weight)
 
 
 class Adapters:
@@ -239,7 +248,7 @@ class Adapters:
     Attributes:
         configs: adapter → what it is.
         trained: the one whose parameters require gradients, if any.
-        items: of the trained one, where its parameters lie, in PEFT's coordinates.
+        placed: adapter → where its parameters lie, in PEFT's coordinates.
         paths: of each of this rank's modules, who multiplies: megamod_kernels.lora.path.
     """
 
@@ -250,7 +259,7 @@ class Adapters:
         self._switch = Switch(trained or next(iter(configs), None))
         self._linears: list[LoraLinear] = []
         self._copies: dict[str, list[tuple[Placed, nn.Parameter]]] = {name: [] for name in configs}  # and the base's own
-        self.items: list[Placed] = []
+        self.placed: dict[str, list[Placed]] = {name: [] for name in configs}
         for name in configs:
             if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
                 raise MegamodError(f"lora: an adapter cannot be called {name!r}: use letters, digits, _ and -")
@@ -297,16 +306,18 @@ class Adapters:
     def _copy(self, chunk: Any, shape: Shape) -> None:
         """The copies of `modules_to_save` that this chunk needs."""
         tp = self.grid.tp
-        own = {item.name: item for item in placed([chunk], shape, tp.size, tp.rank)}
+        # A rank may hold none of the vocabulary's rows, and then no piece says what the parameter is. A tied last stage's is no row.
+        theirs = {"output_layer.weight": "model.embed_tokens.weight"} | {row.ours: row.parts[0].hf for row in table(shape)}
+        own = placed([chunk], shape, tp.size, tp.rank)
         for adapter, cfg in self.configs.items():
             origins = {origin: name for name, origin in saved(cfg, shape).items()}
             copies = nn.ParameterDict()
-            for item in (own[name] for name in ("embedding.word_embeddings.weight", "output_layer.weight") if name in own):
-                origin = "model.embed_tokens.weight" if shape.tied or item.name.startswith("embedding") else "lm_head.weight"
+            for item in own:
+                origin = theirs.get(item.name)
                 if origin not in origins:
                     continue
                 copy = nn.Parameter(torch.empty_like(item.param))
-                copies[origin.split(".")[-2]] = copy
+                copies[Saved.called(item.name)] = copy
                 here = tuple(replace(piece, hf=origins[origin]) for piece in item.pieces)
                 self._copies[adapter].append((Placed(item.name, copy, here), item.param))
                 if shape.tied and self.grid.pp.size > 1:
@@ -319,8 +330,12 @@ class Adapters:
     def _place(self, adapter: str, items: Sequence[Placed]) -> None:
         for item in items:
             item.param.requires_grad_(adapter == self.trained)
-        if adapter == self.trained:
-            self.items += items
+        self.placed[adapter] += items
+
+    @property
+    def items(self) -> list[Placed]:
+        """Where the trained one's parameters lie; none where none is trained."""
+        return self.placed[self.trained] if self.trained is not None else []
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -403,6 +418,8 @@ class Plan:
             MegamodError: see `peft.opened`, `peft.tensors` and `pissa.check`; an option that `cfg.path` contradicts.
         """
         source = None
+        if cfg.name == REFERENCE:
+            raise MegamodError(f"lora.name = {REFERENCE!r} is what the adapter is called that a loss compares with: use another")
         if cfg.path is not None and saved is not None:
             own = peft.lora_from_json(saved, "the checkpoint's lora")
         elif cfg.path is not None:
@@ -440,18 +457,28 @@ class Plan:
         said = f"{base} {sorted(map(str, slots(self.config, shape).values()))}"
         return f"{peft.INITIAL}-{zlib.crc32(said.encode()):08x}"
 
-    def attach(self, chunks: Sequence[Any], shape: Shape, grid: Grid, base: Source, seed: int, initial: Path) -> Adapters:
+    def attach(
+        self, chunks: Sequence[Any], shape: Shape, grid: Grid, base: Source, seed: int, initial: Path,
+        beside: "peft.Adapter | Plan | None" = None,
+    ) -> Adapters:  # fmt: skip
         """The adapter beside the loaded model, filled. Every rank calls it.
 
         Args:
             base: where the model's weights came from.
             seed: of what a new adapter draws.
             initial: the folder of PiSSA's beginning, made if it is needed.
+            beside: a further adapter, frozen and called REFERENCE; this plan itself: what the trained one is at first.
         """
         name = self.config.name
-        adapters = Adapters(chunks, shape, grid, {name: self.config}, name)
+        configs = {name: self.config, **({REFERENCE: beside.config} if beside is not None else {})}
+        adapters = Adapters(chunks, shape, grid, configs, name)
         begun = pissa.begin(initial, base, self.config, shape, grid) if self.config.init_lora_weights == "pissa" else None
-        together(partial(adapters.fill, name, self.source or begun or Fresh(self.config, shape, seed), begun))
+        first = self.source or begun or Fresh(self.config, shape, seed)
+        together(partial(adapters.fill, name, first, begun))
+        if isinstance(beside, Plan):
+            together(partial(adapters.fill, REFERENCE, first, begun))
+        elif beside is not None:
+            together(partial(adapters.fill, REFERENCE, beside))
         return adapters
 
 

@@ -5,13 +5,15 @@ A family is a row of FAMILIES. A new model of the Llama kind (RMSNorm, SwiGLU, R
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from megamod.errors import MegamodError, nearest
+from megamod.errors import MegamodError, listed, nearest
 
 Json = Mapping[str, Any]
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+MOST_LABELS = 63  # a position's classes are the bits of one int64
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,56 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A head of scores in the vocabulary's place: a reward model, or a classifier of whole texts or of each token."""
+
+    labels: tuple[str, ...]  # one score each, in the order of the weight's rows; ("reward",) for a reward model
+    problem: Problem  # transformers' `problem_type`: softmax over the labels, a sigmoid each, or the scores as they are
+    # False: transformers' ForSequenceClassification, read at a text's last token; True: ForTokenClassification, whose head has a bias.
+    every_token: bool = False
+
+    def fault(self) -> str | None:
+        """What is wrong with it, as the end of a line; None: nothing."""
+        twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if not self.labels:
+            return "no labels: at least one was expected"
+        if len(self.labels) > MOST_LABELS:
+            return f"{len(self.labels)} labels: at most {MOST_LABELS} were expected"
+        if "" in self.labels or twice:
+            return f"the label {(twice or [''])[0]!r}: names, each once, were expected"
+        if self.problem not in get_args(Problem):
+            return f"problem = {self.problem!r}, {nearest(str(self.problem), get_args(Problem))}"
+        if self.problem == "single_label_classification" and len(self.labels) == 1:  # transformers refuses to load such a one, too
+            return "single_label_classification of one label: use two, or 'regression' for a single score"
+        return None
+
+    def __str__(self) -> str:
+        """`a head of 2 scores, safe and unsafe`"""
+        count, each = len(self.labels), " for every token" if self.every_token else ""
+        names = " and ".join(part for part in (", ".join(self.labels[:-1]), self.labels[-1]) if part) if count <= 8 else listed(self.labels)
+        return f"a head of {count} {'score' if count == 1 else 'scores'}{each}, {names}"
+
+
+def score_from_json(value: Any, where: str) -> Score | None:
+    """The Score of which `config.as_json` made `value`, an object or its text; None for null. Raises MegamodError."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        if found is None:
+            return None
+        score = Score(tuple(map(str, found["labels"])), found["problem"], found["every_token"] is True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MegamodError(f"{where}: {value!r} is no head of scores ({error})") from None
+    if (fault := score.fault()) is not None:
+        raise MegamodError(f"{where}: {fault}")
+    return score
+
+
+def unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls so many labels that nobody has named."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+@dataclass(frozen=True)
 class Shape:
     """Everything that the model's code asks of a checkpoint. Letters as in README: C hidden, H heads, K kv heads, D, F, V."""
 
@@ -55,6 +107,31 @@ class Shape:
     qk_norm: bool = False
     tied: bool = False
     sliding_window: int | None = None
+    score: Score | None = None  # in the vocabulary's place; None: the head is the vocabulary
+
+    def scored(self, score: Score | None) -> "Shape":
+        """This decoder with `score` for its head, which then shares nothing with the embedding; None: as it is.
+
+        A checkpoint's own head of scores may be given names where it has none; another order of its names would be another meaning.
+
+        Raises:
+            MegamodError: a head that cannot be, or another one than the checkpoint's own.
+        """
+        if score is None:
+            return self
+        if (fault := score.fault()) is not None:
+            raise MegamodError(f"model.score: {fault}")
+        own = self.score or score
+        if own.every_token != score.every_token or own.labels not in (score.labels, unnamed(len(score.labels))):
+            raise MegamodError(
+                f"model.score is {score}, and the checkpoint has {own}: leave model.score out, or begin from a model with a vocabulary"
+            )
+        return replace(self, score=score, tied=False)
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the head: V, or the number of scores."""
+        return self.vocab if self.score is None else len(self.score.labels)
 
     @property
     def longest_document(self) -> int | None:
@@ -72,18 +149,20 @@ class Shape:
         attention = self.hidden * (q + 2 * kv) + q * self.hidden
         biases = (q + 2 * kv) * self.qkv_bias + self.hidden * self.o_bias + 2 * self.head_dim * self.qk_norm
         layer = attention + biases + 3 * self.hidden * self.ffn + 2 * self.hidden
-        return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+        head = 0 if self.tied else self.outputs * self.hidden
+        bias = self.outputs if self.score is not None and self.score.every_token else 0
+        return self.layers * layer + self.hidden + self.vocab * self.hidden + head + bias
 
     def flops(self, lengths: Iterable[int], labelled: int) -> float:
         """Floating-point operations of one forward pass over documents of `lengths` tokens, `labelled` positions of which
-        reach the vocabulary. Matrix products only; attention counts the causal half. A training step is three times that.
+        reach the head. Matrix products only; attention counts the causal half. A training step is three times that.
         """
         tokens = squares = 0
         for n in lengths:
             tokens, squares = tokens + n, squares + n * n
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         per_token = self.hidden * (q + 2 * kv) + q * self.hidden + 3 * self.hidden * self.ffn
-        return 2.0 * self.layers * (per_token * tokens + q * squares) + 2.0 * self.hidden * self.vocab * labelled
+        return 2.0 * self.layers * (per_token * tokens + q * squares) + 2.0 * self.hidden * self.outputs * labelled
 
 
 @dataclass(frozen=True)
@@ -97,6 +176,13 @@ class Family:
     head_dim: int | None = None  # where config.json does not say; None: hidden_size / num_attention_heads
     window: str | None = None  # the key whose truth turns `sliding_window` on; "" when the key itself does
 
+    def architecture_of(self, score: Score | None) -> str:
+        """transformers' class of a model of this family with that head."""
+        return self.architecture if score is None else self.architecture.removesuffix("ForCausalLM") + ENDINGS[score.every_token]
+
+
+# How transformers' classes with a head of scores end: by whether every token is scored.
+ENDINGS = {False: "ForSequenceClassification", True: "ForTokenClassification"}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias"),  # Llama 1-3, Yi, SmolLM2
@@ -191,7 +277,7 @@ def shape_of(config: Json) -> Shape:
     if head_dim % 2:
         raise ConfigJsonError(f"head_dim = {head_dim}: an even number was expected, for RoPE")
     windowed = family.window is not None and (family.window == "" or flag(family.window))
-    return Shape(
+    decoder = Shape(
         family=kind,
         layers=_get(config, "num_hidden_layers", int),
         hidden=hidden,
@@ -209,6 +295,28 @@ def shape_of(config: Json) -> Shape:
         tied=flag("tie_word_embeddings"),
         sliding_window=_get(config, "sliding_window", int, None) if windowed else None,
     )
+    return decoder.scored(_score_of(config))
+
+
+def _score_of(config: Json) -> Score | None:
+    """The head of scores that `config` describes as transformers reads it; None: none."""
+    architecture = str(config.get("architectures")).strip("[]'")  # a list of one name; null in some old exports
+    every_token = next((every for every, ending in ENDINGS.items() if architecture.endswith(ending)), None)
+    if every_token is None:
+        return None
+    names = config.get("id2label")
+    if names is None:  # transformers leaves out what it takes for granted
+        names = dict(enumerate(unnamed(_get(config, "num_labels", int, 2))))
+    if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
+        raise ConfigJsonError(f"id2label = {names!r}: an object with a name for each of 0, 1, … was expected")
+    labels = {int(key): str(name) for key, name in names.items()}
+    if every_token and not _get(config, "token_classification_bias", bool, True):
+        raise ConfigJsonError("token_classification_bias = false is not supported: only true")
+    problem: Any = config.get("problem_type") or ("regression" if len(labels) == 1 else "single_label_classification")
+    score = Score(tuple(labels[i] for i in range(len(labels))), problem, every_token)
+    if (fault := score.fault()) is not None:
+        raise ConfigJsonError(f"id2label, problem_type: {fault}")
+    return score
 
 
 _NEEDED: Any = object()
@@ -287,15 +395,36 @@ def both_spellings(config: Json, dtype: str) -> dict[str, Any]:
 
     Top-level `rope_theta` and `rope_scaling` beside `rope_parameters`; `torch_dtype` beside `dtype`.
     """
+    family = FAMILIES[config["model_type"]]
     kind, theta, entries = _rope_entries(config)
     old = "mrope" if kind == "default" and entries else kind  # transformers 4's word; nothing else goes with the default
     scaling = {"rope_type": kind, "type": old, **entries} if kind != "default" or entries else None
     return {
         **config,
-        "architectures": [FAMILIES[config["model_type"]].architecture],
+        "architectures": [family.architecture_of(_score_of(config))],
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_parameters": {"rope_type": kind, "rope_theta": theta, **entries},
         "dtype": dtype,
         "torch_dtype": dtype,
+    }
+
+
+def with_score(config: Json, score: Score, pad: int | None) -> dict[str, Any]:
+    """`config` of a model with `score` for its head, in transformers' words.
+
+    Args:
+        pad: the token that fills up a batch, which ForSequenceClassification passes over in looking for a text's last token. None:
+            there is none that no text may end with; transformers then refuses batches of several texts instead of reading the
+            wrong token.
+    """
+    return {
+        **config,
+        "architectures": [FAMILIES[config["model_type"]].architecture_of(score)],
+        "id2label": {str(i): label for i, label in enumerate(score.labels)},
+        "label2id": {label: i for i, label in enumerate(score.labels)},
+        "num_labels": len(score.labels),
+        "problem_type": score.problem,
+        "tie_word_embeddings": False,
+        "pad_token_id": pad,
     }

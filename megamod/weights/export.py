@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from megamod.errors import MegamodError, listed
 from megamod.files import finish, sync
-from megamod.model.shape import Shape, both_spellings, read_config, read_shape
+from megamod.model.shape import Score, Shape, both_spellings, read_config, read_shape, with_score
 from megamod.parallel.collectives import gathered, together
 from megamod.parallel.grid import Grid
 from megamod.weights.load import INDEX
@@ -93,7 +93,7 @@ def check(shape: Shape, source: str | Path, target: str | Path, tokenizer: str |
     """
     _companions(Path(source), Path(tokenizer or source))
     refuse_taken(Path(target))
-    found = read_shape(source)
+    found = read_shape(source).scored(shape.score)
     differ = [f.name for f in fields(Shape) if getattr(found, f.name) != getattr(shape, f.name)]
     if differ:
         raise MegamodError(f"{source}: config.json describes another model than the one to export: its {listed(differ)} differ")
@@ -182,16 +182,54 @@ def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch
     if draft.exists():  # left by an export that was killed
         shutil.rmtree(draft)
     draft.mkdir()
-    begin(draft, source, tokenizer, dtype, texts)
+    begin(draft, source, tokenizer, dtype, texts, shape.score)
 
 
-def begin(draft: Path, source: Path, tokenizer: Path, dtype: torch.dtype, texts: Mapping[str, str]) -> None:
-    """All of a Hugging Face directory but its weights. Arguments and errors as in `export`."""
-    write_json(draft / "config.json", both_spellings(read_config(source), str(dtype).removeprefix("torch.")))
+def begin(draft: Path, source: Path, tokenizer: Path, dtype: torch.dtype, texts: Mapping[str, str], score: Score | None = None) -> None:
+    """All of a Hugging Face directory but its weights. Arguments and errors as in `export`.
+
+    Args:
+        score: the model's head; None: the one that `source` has.
+    """
+    config = read_config(source)
+    if score is not None:
+        config = with_score(config, score, padding(tokenizer, config))
+    write_json(draft / "config.json", both_spellings(config, str(dtype).removeprefix("torch.")))
     for file in _companions(source, tokenizer):
         shutil.copyfile(file, draft / file.name)
         sync(draft / file.name)
     write_texts(draft, texts)
+
+
+def padding(tokenizer: Path, config: Mapping[str, Any]) -> int | None:
+    """The token that the tokenizer at `tokenizer` fills up batches with; None: none, or one that may also end a text.
+
+    transformers' ForSequenceClassification reads the rightmost token that is not `pad_token_id`. Where the end token also pads, as
+    in many models without a padding token, a text's own end would be passed over, and the scores would be those of the token before
+    it. Without `pad_token_id` transformers reads the last token of a single text and refuses several; vLLM pads nothing and reads
+    the last token always.
+    """
+    about = {**_read_small(tokenizer / "special_tokens_map.json"), **_read_small(tokenizer / "tokenizer_config.json")}
+    ids = {str(token["content"]): int(token["id"]) for token in _read_small(tokenizer / "tokenizer.json").get("added_tokens", ())}
+    ids |= {str(token["content"]): int(number) for number, token in about.get("added_tokens_decoder", {}).items()}
+
+    def token(kind: str) -> int | None:
+        value = about.get(kind)
+        return ids.get(str(value["content"] if isinstance(value, dict) else value))
+
+    ends = config.get("eos_token_id")
+    taken = {token("eos_token"), *(ends if isinstance(ends, list) else [ends])}
+    pad = token("pad_token")
+    return pad if pad not in taken and pad is not None and pad < int(config["vocab_size"]) else None
+
+
+def _read_small(file: Path) -> dict[str, Any]:
+    """A JSON object of the tokenizer's; empty where it is missing or is something else: the tokenizer itself is no concern here."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_texts(draft: Path, texts: Mapping[str, str]) -> None:

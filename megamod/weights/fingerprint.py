@@ -4,8 +4,8 @@ With v the bits of element (i, j) of a tensor as an integer, it is Σ (v + 1)·u
 and w odd numbers that depend on the place and the tensor's name. A sum can be taken piece by piece and rank by rank; a change of
 one element always changes it, since a difference times odd numbers is not 0.
 
-Which base an adapter belongs to is told by the bits of its weights rounded to bfloat16, whatever dtype they are loaded in; whether
-a run has left its base as it was, by all of their bits.
+Which base an adapter belongs to is told by the bits of its weights rounded to bfloat16, whatever dtype they are loaded in, and without a
+head of scores, which an adapter brings along; whether a run has left its base as it was, by all of their bits.
 """
 
 import zlib
@@ -21,6 +21,7 @@ from megamod.parallel.grid import Grid
 from megamod.weights.load import Source
 from megamod.weights.table import Placed, hf_shapes
 
+SCORE = "score."  # of tensors of a head of scores
 AT_A_TIME = 1 << 22  # elements; as integers of 64 bits they take eight times as many bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROW, _COLUMN = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # far from round numbers
@@ -32,7 +33,7 @@ def of_model(items: Sequence[Placed], grid: Grid, dtype: torch.dtype | None = to
     if grid.dp_cp.rank == 0:  # the others hold copies
         for item in items:
             for piece in item.pieces:
-                if piece.owned:
+                if piece.owned and (dtype is None or not piece.hf.startswith(SCORE)):
                     total += _of(piece.of(item.param.detach()), dtype or item.param.dtype, piece.hf, piece.offset)
     dist.all_reduce(total)
     return _said(total)
@@ -42,6 +43,8 @@ def of_source(source: Source, shape: Shape, dtype: torch.dtype = torch.bfloat16)
     """Of a checkpoint's weights, read as `dtype`: what `of_model` gives after they were loaded."""
     total = torch.zeros((), dtype=torch.int64)
     for name, size in tqdm(hf_shapes(shape).items(), desc="base", unit="tensor", delay=3, mininterval=3):
+        if name.startswith(SCORE):
+            continue
         rows = max(1, AT_A_TIME // max(1, size[-1])) if len(size) > 1 else size[0]
         for first in range(0, size[0], rows):
             offset = (first, *(0 for _ in size[1:]))

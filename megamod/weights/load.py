@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megamod.errors import MegamodError, listed
-from megamod.model.shape import Shape
+from megamod.model.shape import Shape, read_shape
 from megamod.parallel.grid import Grid
 from megamod.weights.table import Placed, hf_shapes, placed, zero_padding
 
@@ -121,6 +121,43 @@ class Random:
             row = torch.randn(self._shapes[name][1], generator=generator) * self.std
             result[i] = row[offset[1] : offset[1] + size[1]]
         return result
+
+
+class Scored:
+    """A model with a vocabulary as one with a head of scores: `score.weight` is drawn as in `Random`, `score.bias` is 0.
+
+    Args:
+        source: a checkpoint whose config.json says no head of scores; its `lm_head.weight`, if there is one, is not read.
+        shape: with the head of scores.
+
+    Raises:
+        MegamodError: `source` has a head of another number of scores.
+    """
+
+    def __init__(self, source: Source, shape: Shape, seed: int) -> None:
+        self._source, self._drawn = source, Random(shape, seed)
+        own = source.shapes()
+        scores = {name: size for name, size in self._drawn.shapes().items() if name.startswith("score.")}
+        for name, size in scores.items():
+            if own.get(name, size) != size:
+                raise MegamodError(f"the checkpoint's {name} is {own[name]}, and {shape.score} needs {size}")
+        self._shapes = {name: size for name, size in {**scores, **own}.items() if name != "lm_head.weight"}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        return (self._source if name in self._source.shapes() else self._drawn).read(name, offset, size)
+
+
+def weights_at(path: str | Path, shape: Shape, seed: int) -> Source:
+    """The checkpoint at `path` for a model of `shape`: with a new head of scores, if `shape` has one and config.json does not.
+
+    Raises:
+        MegamodError: see `Safetensors`, `Scored` and `read_shape`.
+    """
+    source = Safetensors(path)
+    return source if shape.score is None or read_shape(path).score is not None else Scored(source, shape, seed)
 
 
 def check_keys(source: Source, shape: Shape, where: str) -> None:

@@ -19,7 +19,7 @@ from megamod.files import finish
 from megamod.model.shape import Shape, read_shape
 from megamod.weights import peft
 from megamod.weights.export import begin, drafting, refuse_taken, write_index
-from megamod.weights.load import Safetensors, Source, check_keys
+from megamod.weights.load import Source, check_keys, weights_at
 from megamod.weights.table import hf_shapes
 
 Files = Mapping[str, list[str]]  # file → the tensors in it
@@ -48,7 +48,8 @@ def merge(
         MegamodError: an adapter of another base, a target that holds something, or a write that fails; `out` is not there then.
     """
     refuse_taken(Path(out))
-    shape, weights = read_shape(base), Safetensors(base)
+    shape = peft.shape_with(adapter, read_shape(base))
+    weights = weights_at(base, shape, 0)
     check_keys(weights, shape, str(base))
     found = peft.opened(adapter, shape)
     peft.check_base(found, weights, shape, str(adapter))
@@ -57,7 +58,7 @@ def merge(
     files = _files(sizes, shard_bytes)
     progress = tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, delay=3, mininterval=3)
     with progress, drafting(Path(out)) as draft:
-        begin(draft, Path(base), Path(base), merged.dtype("model.embed_tokens.weight"), texts or {})
+        begin(draft, Path(base), Path(base), merged.dtype("model.embed_tokens.weight"), texts or {}, shape.score)
         for file, names in files.items():
             tensors = {}
             for name in names:

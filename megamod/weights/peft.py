@@ -21,19 +21,23 @@ from torch import Tensor
 from megamod import checkpoint, files
 from megamod.config import InitLora, LoraConfig, as_json
 from megamod.errors import MegamodError, listed, nearest
-from megamod.model.shape import Shape, read_shape
+from megamod.model.shape import Problem, Score, Shape, read_shape, score_from_json, unnamed
 from megamod.weights.export import drafting, refuse_taken, write_json, write_texts
 from megamod.weights.fingerprint import of_source
-from megamod.weights.load import Safetensors, Source, Tensors, check_keys
+from megamod.weights.load import Safetensors, Source, Tensors, check_keys, weights_at
 from megamod.weights.table import hf_shapes
 
 T = TypeVar("T")
 
 PREFIX = "base_model.model."
-WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # what modules_to_save may name
+EMBEDDING, HEAD, SCORE = "model.embed_tokens", "lm_head", "score"
+# What PEFT adds to modules_to_save of any model with a head of scores, whatever its head is called.
+OF_CLASSIFIERS = ("classifier", "score")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "megamod.base"  # in the metadata of the tensors' file: of the base's weights: weights.fingerprint
+NAMES = "megamod.score"  # in the same metadata: the head of scores, of which PEFT knows no names
 INITIAL = "pissa_init"  # in a run's directory: A and B as the base's singular value decomposition gave them
+TASKS = {None: "CAUSAL_LM", False: "SEQ_CLS", True: "TOKEN_CLS"}  # whether every token is scored; None: a vocabulary → task_type
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -79,21 +83,27 @@ def slots(cfg: LoraConfig, shape: Shape) -> dict[str, Slot]:
     return result
 
 
+def whole_modules(shape: Shape) -> dict[str, str]:
+    """What modules_to_save may name: the last part of a module's name → all of it."""
+    return {name.rpartition(".")[2]: name for name in (EMBEDDING, HEAD if shape.score is None else SCORE)}
+
+
 def saved(cfg: LoraConfig, shape: Shape) -> dict[str, str]:
-    """Of `modules_to_save`: PEFT's name of each tensor → the base's, of which it is a copy.
+    """Of `modules_to_save`, to which a head of scores always belongs: PEFT's name of each tensor → the base's, which it copies.
 
     Raises:
         MegamodError: what is no such module, or the head of a model that ties it to its embedding.
     """
-    result = {}
+    wholes = whole_modules(shape)
+    modules = [SCORE] if SCORE in wholes else []
     for name in cfg.modules_to_save:
         leaf = name.rpartition(".")[2]
-        if leaf not in WHOLE or not _is_or_ends(WHOLE[leaf], name):
-            raise MegamodError(f"lora.modules_to_save: {name!r}, {nearest(name, WHOLE)}")
+        if leaf not in wholes or not _is_or_ends(wholes[leaf], name):
+            raise MegamodError(f"lora.modules_to_save: {name!r}, {nearest(name, wholes)}")
         if shape.tied and leaf == "lm_head":
             raise MegamodError("lora.modules_to_save: this model ties lm_head to embed_tokens: name embed_tokens alone")
-        result[f"{PREFIX}{WHOLE[leaf]}.weight"] = f"{WHOLE[leaf]}.weight"
-    return result
+        modules.append(wholes[leaf])
+    return {f"{PREFIX}{origin}": origin for origin in hf_shapes(shape) if origin.rpartition(".")[0] in modules}
 
 
 def tensors(cfg: LoraConfig, shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -117,11 +127,11 @@ def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def _chosen(cfg: LoraConfig, linears: Mapping[str, tuple[int, int]], shape: Shape) -> list[str]:
-    names = [*linears, *WHOLE.values()]
+    names = [*linears, *whole_modules(shape).values()]
     wanted = cfg.target_modules
     modules = list(linears) if wanted == "all-linear" else _matching(wanted, names, "lora.target_modules")
     out = set() if cfg.exclude_modules is None else set(_matching(cfg.exclude_modules, names, "lora.exclude_modules"))
-    out |= {origin.removesuffix(".weight") for origin in saved(cfg, shape).values()}
+    out |= {origin.rpartition(".")[0] for origin in saved(cfg, shape).values()}
     modules = [module for module in modules if module not in out]
     if (layers := cfg.layers_to_transform) is not None:
         if isinstance(wanted, str) and wanted != "all-linear":
@@ -152,9 +162,8 @@ def _matching(wanted: str | Sequence[str], names: Sequence[str], key: str) -> li
         return found
     for one in wanted:
         if not any(_is_or_ends(name, one) for name in names):
-            raise MegamodError(
-                f"{key}: {one!r} names no linear of this model, {nearest(one, _leaves([n for n in names if n not in WHOLE.values()]))}"
-            )
+            linears = [name for name in names if name.startswith("model.layers.")]
+            raise MegamodError(f"{key}: {one!r} names no linear of this model, {nearest(one, _leaves(linears))}")
     return [name for name in names if any(_is_or_ends(name, one) for one in wanted)]
 
 
@@ -359,10 +368,10 @@ def config_json(cfg: LoraConfig, shape: Shape, base: str) -> dict[str, Any]:
     modules = list(slots(cfg, shape))
     leaves, layers = _leaves(modules), sorted({_layer(module) for module in modules})
     are_all = set(modules) == {m for m in _linears(shape) if m.rpartition(".")[2] in leaves and _layer(m) in layers}
-    copies = sorted({origin.removesuffix(".weight").rpartition(".")[2] for origin in saved(cfg, shape).values()})
+    copies = sorted({origin.split(".")[-2] for origin in saved(cfg, shape).values()})
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": TASKS[shape.score.every_token if shape.score is not None else None],
         "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
@@ -398,6 +407,7 @@ class Adapter(Source, Protocol):
     config: LoraConfig
     dtype: torch.dtype  # holds every A and B exactly
     base: str | None  # the base's fingerprint; None: not known
+    score: Score | None  # the head of scores that it has trained; None: none
 
 
 class Peft:
@@ -421,7 +431,9 @@ class Peft:
             self._drop_head(root)
         self._shapes = {name: tuple(self._file.get_slice(theirs).get_shape()) for name, theirs in self._stored.items()}
         self.dtype = self._dtype(root)
-        self.base: str | None = (self._file.metadata() or {}).get(FINGERPRINT)
+        metadata = self._file.metadata() or {}
+        self.base: str | None = metadata.get(FINGERPRINT)
+        self.score = self._score(about.get("task_type"), metadata.get(NAMES), root)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the tensors, by name."""
@@ -432,9 +444,21 @@ class Peft:
         view = self._file.get_slice(self._stored[name])
         return view[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
 
+    def _score(self, task: Any, names: str | None, root: Path) -> Score | None:
+        """What a run of ours has noted, else what can be told from the tensors."""
+        weight = f"{PREFIX}{SCORE}.weight"
+        if names is not None:
+            return score_from_json(names, f"{root / TENSORS}: {NAMES}")
+        every_token = next((every for every, called in TASKS.items() if called == task), None)
+        if every_token is None or weight not in self._shapes:
+            return None
+        count = self._shapes[weight][0]
+        problem: Problem = "regression" if count == 1 else "single_label_classification"
+        return Score(unnamed(count), problem, every_token)
+
     def _drop_head(self, root: Path) -> None:
         """PEFT stores a tied copy under both of its names."""
-        head, embedding = (f"{PREFIX}{WHOLE[leaf]}.weight" for leaf in ("lm_head", "embed_tokens"))
+        head, embedding = (f"{PREFIX}{module}.weight" for module in (HEAD, EMBEDDING))
         named = {name.rpartition(".")[2] for name in self.config.modules_to_save}
         if head not in self._stored or embedding not in self._stored or "lm_head" in named:
             return
@@ -474,7 +498,7 @@ def _name(theirs: str) -> str:
     name = theirs if theirs.startswith(PREFIX) else f"{PREFIX}{theirs}"
     name = re.sub(r"\.lora_(A|B)(\.[^.]+)?\.weight$", r".lora_\1.weight", name)
     name = re.sub(r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$", ".lora_magnitude_vector", name)
-    return re.sub(r"\.modules_to_save\.[^.]+\.weight$", ".weight", name)
+    return re.sub(r"\.modules_to_save\.[^.]+\.(weight|bias)$", r".\1", name)
 
 
 class Checkpoint:
@@ -496,6 +520,8 @@ class Checkpoint:
         self._dtypes = {name: _dtype_named(dtype, manifest) for name, dtype in about.get("dtypes", {}).items()}
         self.base: str | None = about.get("base")
         self.model = str(about.get("model.path") or "")  # where the base is, or was
+        shape = about.get("shape")
+        self.score = score_from_json(shape.get("score") if isinstance(shape, dict) else None, f"{manifest}: shape.score")
         begun = Path(path).resolve().parents[1] / str(about.get("initial", INITIAL))
         self._initial = Safetensors(begun) if cfg.init_lora_weights == "pissa" else None
         sizes = {name: torch.empty(size, device="meta") for name, size in self._masters.shapes().items()}
@@ -539,6 +565,20 @@ def opened(path: str | Path, shape: Shape) -> Peft | Checkpoint:
     return found
 
 
+def shape_with(path: str | Path, shape: Shape) -> Shape:
+    """`shape` of a base as the adapter at `path` (see `opened`) sits on it: with the head of scores that it has trained, if any.
+
+    Raises:
+        MegamodError: see `Peft` and `Checkpoint`; or a base with another head of scores.
+    """
+    at = checkpoint_at(Path(path))
+    found: Peft | Checkpoint = Peft(path) if at is None else Checkpoint(at)
+    try:
+        return shape.scored(found.score)
+    except MegamodError:
+        raise MegamodError(f"{path}: an adapter with {found.score}, and the base has {shape.score}") from None
+
+
 def base_of(path: str | Path) -> str:
     """Where the adapter at `path` (see `opened`) found its base. Raises MegamodError where it does not say."""
     at = checkpoint_at(Path(path))
@@ -557,7 +597,7 @@ def checkpoint_at(path: Path) -> Path | None:
 
 def fitted(cfg: LoraConfig, shape: Shape) -> LoraConfig:
     """`cfg` without what names nothing in this model, in its lists and patterns: PEFT passes over that."""
-    names = [*_linears(shape), *WHOLE.values()]
+    names = [*_linears(shape), *whole_modules(shape).values()]
 
     def known(wanted: Sequence[str]) -> tuple[str, ...]:
         return tuple(one for one in wanted if any(_is_or_ends(name, one) for name in names))
@@ -573,8 +613,9 @@ def fitted(cfg: LoraConfig, shape: Shape) -> LoraConfig:
     def matching(patterns: Mapping[str, T], key: str) -> dict[str, T]:
         return {one: value for one, value in patterns.items() if any(_ends(one, name, f"lora.{key}") for name in _linears(shape))}
 
+    whole = tuple(one for one in cfg.modules_to_save if one not in OF_CLASSIFIERS or one in names)
     ranks, alphas = matching(cfg.rank_pattern, "rank_pattern"), matching(cfg.alpha_pattern, "alpha_pattern")
-    return replace(cfg, target_modules=targets, exclude_modules=out, rank_pattern=ranks, alpha_pattern=alphas)
+    return replace(cfg, target_modules=targets, exclude_modules=out, modules_to_save=whole, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def check(source: Source, cfg: LoraConfig, shape: Shape, where: str) -> None:
@@ -595,7 +636,7 @@ def check(source: Source, cfg: LoraConfig, shape: Shape, where: str) -> None:
     found = source.shapes()
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
-    copies = [name for name in unexpected if name in {f"{PREFIX}{whole}.weight" for whole in WHOLE.values()}]
+    copies = [name for name in unexpected if name in {f"{PREFIX}{whole}.weight" for whole in whole_modules(shape).values()}]
     wrong = [f"{k} is {found[k]}, this base needs {expected[k]}" for k in sorted(expected.keys() & found.keys()) if found[k] != expected[k]]
     kinds = {"mis-shaped": wrong, "missing": missing, "unexpected": unexpected}
     faults = [f"{len(names)} {what}: {listed(names, 3)}" for what, names in kinds.items() if names]
@@ -695,6 +736,8 @@ def write(
         stored |= {f"{PREFIX}lm_head.weight": stored[name].clone() for name in saved(cfg, shape)}
     with drafting(target) as draft:
         metadata = {"format": "pt", **({} if fingerprint is None else {FINGERPRINT: fingerprint})}
+        if shape.score is not None:
+            metadata[NAMES] = json.dumps(as_json(shape.score), ensure_ascii=False)
         save_file(stored, draft / TENSORS, metadata=metadata)
         files.finish(draft / TENSORS)
         write_json(draft / CONFIG, config_json(cfg, shape, base))
@@ -728,8 +771,8 @@ def adopt(directory: str | Path, base: str | Path, out: str | Path) -> Path:
         MegamodError: see `Peft`, `check` and `check_base`; a target that holds something, or a write that fails.
     """
     refuse_taken(Path(out))
-    shape = read_shape(base)
-    weights = Safetensors(base)
+    shape = shape_with(directory, read_shape(base))
+    weights = weights_at(base, shape, seed=0)  # of a new head that nobody reads: the adapter has its own
     check_keys(weights, shape, str(base))
     adapter = opened(directory, shape)
     check_base(adapter, weights, shape, str(directory))
@@ -740,6 +783,7 @@ def adopt(directory: str | Path, base: str | Path, out: str | Path) -> Path:
         "dtype": dtype_name(adapter.dtype),
         "dtypes": {name: dtype_name(t.dtype) for name, t in masters.items() if t.dtype is not adapter.dtype},
         "base": adapter.base or of_source(weights, shape),
+        **({"shape": as_json(shape)} if shape.score is not None else {}),
     }
     with drafting(Path(out)) as draft:
         name = checkpoint.write(draft, 0, masters, about).name

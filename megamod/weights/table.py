@@ -65,7 +65,7 @@ class Piece:
 
 
 def table(shape: Shape) -> list[Row]:
-    """Every parameter of the model, each tensor of Hugging Face exactly once (the head's is absent when tied)."""
+    """Every parameter of the model, each tensor of Hugging Face exactly once (the vocabulary head's is absent when tied)."""
     C, D, F, V = shape.hidden, shape.head_dim, shape.ffn, shape.vocab
     q, kv = shape.heads * D, shape.kv_heads * D
     layer = "model.layers.{}."
@@ -92,7 +92,12 @@ def table(shape: Shape) -> list[Row]:
         for n in ("q", "k"):
             part = Part(f"{attention}{n}_norm.weight", (D,), None)
             rows.append(Row(f"decoder.layers.{{}}.self_attention.{n}_layernorm.weight", (part,)))
-    if not shape.tied:
+    if (score := shape.score) is not None:
+        L = shape.outputs
+        rows.append(Row("output_layer.weight", (Part("score.weight", (L, C), None),)))
+        if score.every_token:
+            rows.append(Row("output_layer.bias", (Part("score.bias", (L,), None),)))
+    elif not shape.tied:
         rows.append(Row("output_layer.weight", (Part("lm_head.weight", (V, C), 0, padded=True),)))
     return rows
 

@@ -1,0 +1,124 @@
+"""A reference model's log-probabilities, stored beside the data: what tools/reference_logprobs.py writes and a run reads.
+
+    <directory>/
+        reference.json  which documents they are of, by which model, and checksums
+        offsets.bin     int64 [n+1]: where each document begins in logprobs.bin
+        logprobs.bin    float32: of each document's trained tokens, but for a first one, which nothing predicts
+
+The documents are told by their fingerprint, so by tokens and labels: another template, tokenizer or cut makes other ones.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megamod import files
+from megamod.data.documents import IGNORED, Document, Documents
+from megamod.errors import MegamodError
+
+FORMAT = 1
+MANIFEST, OFFSETS, LOGPROBS = "reference.json", "offsets.bin", "logprobs.bin"
+Floats = npt.NDArray[np.float32]
+
+
+class Compared:
+    """Documents with their stored log-probabilities: Documents.
+
+    Attributes:
+        model: which one they are of: `reference.model_at_start`.
+        digest: of all that is stored.
+
+    Raises:
+        MegamodError: nothing stored there, a damaged file, or log-probabilities of other documents.
+    """
+
+    def __init__(self, documents: Documents, directory: str | Path) -> None:
+        self._documents, root = documents, Path(directory)
+        self.directory = root
+        about = _read_manifest(root)
+        if about["documents"] != documents.fingerprint():
+            raise MegamodError(
+                f"{root}: log-probabilities of other documents: the data, its template or the row's length has changed since: run "
+                f"tools/reference_logprobs.py again"
+            )
+        self.model, self.digest = str(about["model"]), f"{about['crc32']:08x}"
+        self._offsets = np.fromfile(root / OFFSETS, "<i8")
+        self._values = np.memmap(root / LOGPROBS, "<f4", "r") if self._offsets[-1] else np.zeros(0, np.float32)
+        self.lengths, self.joined, self.side = documents.lengths, documents.joined, documents.side
+        self.trained, self.verdicts = documents.trained, documents.verdicts
+
+    def __getitem__(self, number: int) -> Document:
+        document = self._documents[number]
+        values = np.zeros(len(document.tokens), np.float32)
+        values[asked(document)] = self._values[self._offsets[number] : self._offsets[number + 1]]
+        return replace(document, reference=values)
+
+    def check(self, model: str) -> None:
+        """Refuse what is stored of another model than the run begins with, `reference.model_at_start`. Raises MegamodError."""
+        if model != self.model:
+            raise MegamodError(
+                f"{self.directory}: log-probabilities of the model with the fingerprint {self.model}, and this run begins with {model}: "
+                f"run tools/reference_logprobs.py with this run's config"
+            )
+
+    def fingerprint(self) -> str:
+        """Of the documents, with what is stored of them."""
+        return f"{self._documents.fingerprint()}:{self.digest}"
+
+
+def asked(document: Document) -> npt.NDArray[np.int64]:
+    """Where in a document the tokens are whose log-probabilities are stored."""
+    at = np.flatnonzero(document.labels != IGNORED)
+    return at[at > 0]
+
+
+def write(directory: str | Path, values: Sequence[Floats], documents: str, model: str) -> Path:
+    """Store the log-probabilities of each document, in their order: all of it, or nothing.
+
+    Args:
+        documents: their fingerprint.
+        model: which one was asked.
+    """
+    final = Path(directory)
+    draft = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    np.cumsum([0, *map(len, values)]).astype("<i8").tofile(draft / OFFSETS)
+    np.concatenate([np.zeros(0, np.float32), *values]).astype("<f4").tofile(draft / LOGPROBS)
+    about = {"format": FORMAT, "documents": documents, "model": model, "crc32": _crc(draft)}
+    (draft / MANIFEST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    for file in draft.iterdir():
+        files.sync(file)
+    os.rename(draft, final)
+    files.sync(final.parent)
+    return final
+
+
+def _crc(root: Path) -> int:
+    return zlib.crc32((root / LOGPROBS).read_bytes(), zlib.crc32((root / OFFSETS).read_bytes()))
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    file = root / MANIFEST
+    try:
+        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version, kinds = about["format"], {"documents": str, "model": str, "crc32": int}
+        if version == FORMAT and not all(isinstance(about[key], kind) for key, kind in kinds.items()):
+            raise ValueError("of another kind")
+        if version == FORMAT and _crc(root) != about["crc32"]:
+            raise ValueError("it fails its checksum")
+    except OSError as error:
+        raise MegamodError(f"{error.filename}: {error.strerror}: what tools/reference_logprobs.py writes was expected") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise MegamodError(f"{file}: damaged ({error}): run tools/reference_logprobs.py again") from None
+    if version != FORMAT:
+        raise MegamodError(f"{file}: format {version}, this megamod reads {FORMAT}: run tools/reference_logprobs.py again")
+    return about

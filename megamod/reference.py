@@ -1,0 +1,219 @@
+"""The reference model: whose log-probabilities a preference loss compares with, and what KTO takes its KL from.
+
+Both are asked of whole micro-batches before the training pass, by `step.collect`: forward only, dropout off. `config.ReferenceConfig`
+says which model it is; the loss reads `batch.reference` and does not know.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megamod import files, losses
+from megamod.batch import Batch
+from megamod.config import RunConfig
+from megamod.data.documents import Documents
+from megamod.data.packing import grouped, micro_batch, pack
+from megamod.data.stored import Compared, Floats, asked
+from megamod.model.build import Decoder, build
+from megamod.model.head import Head
+from megamod.model.lora import REFERENCE, Adapters, Plan
+from megamod.model.shape import Shape
+from megamod.parallel.collectives import gathered, on_first, together
+from megamod.parallel.grid import Grid
+from megamod.step import Chunks, collect
+from megamod.weights import fingerprint, peft
+from megamod.weights.load import Safetensors, Source, load
+from megamod.weights.table import Placed
+
+WAVE = 16  # packed rows of each data-parallel rank and stage between two parts of what is stored
+
+
+def is_copy(cfg: RunConfig) -> bool:
+    """Whether the reference is a second model in memory."""
+    if "reference" not in losses.needs_of(cfg.loss):
+        return False
+    return cfg.reference.kind == "model" or (cfg.reference.kind == "start" and cfg.lora is None)
+
+
+def adapter_beside(cfg: RunConfig, shape: Shape, plan: Plan | None) -> peft.Adapter | Plan | None:
+    """What `Plan.attach` puts beside the trained adapter: the reference, where that is an adapter of its own.
+
+    Raises:
+        MegamodError: see `peft.opened`.
+    """
+    if cfg.lora is None or "reference" not in losses.needs_of(cfg.loss):
+        return None
+    path = {"start": cfg.lora.path, "adapter": cfg.reference.path}.get(cfg.reference.kind)
+    if path is not None:
+        return peft.opened(path, shape)
+    return plan if cfg.reference.sync_every is not None else None  # a new adapter is nothing at first, and then is something
+
+
+class Reference:
+    """Gives a step's micro-batches what the loss needs beside the data. Every rank makes one, and calls it alike.
+
+    Args:
+        cfg: of the run: its `reference`, and its loss, which says what it needs.
+        chunks: the trained model's, bare or wrapped.
+        items: where its trained parameters lie.
+        adapters: of a run with adapters, with the frozen one REFERENCE among them where `Plan.attach` was asked for it.
+        source: the weights that the run begins from.
+        stored: the documents with what is stored of them, of a reference of kind stored.
+
+    Attributes:
+        items: the weights that follow the trained model's, to be kept in checkpoints; none where the reference stays as it is.
+        identity: which model it is at first; a resumed run must have the same.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, shape: Shape, grid: Grid, chunks: Chunks, items: Sequence[Placed], adapters: Adapters | None, source: Source,
+        stored: Compared | None = None,
+    ) -> None:  # fmt: skip
+        self._cfg, self._grid, self._policy, self._trained = cfg.reference, grid, chunks, items
+        self._needs = losses.needs_of(cfg.loss)
+        self._chunks: Chunks = chunks
+        self._using: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.items: Sequence[Placed] = ()
+        own: Sequence[Placed] = ()
+        kind = cfg.reference.kind
+        self.identity: str = kind if stored is None else f"{kind} {stored.digest}"
+        if is_copy(cfg):
+            self._chunks, own = _copy(cfg, shape, grid, source)
+        elif adapters is not None and "reference" in self._needs and stored is None:
+            name = REFERENCE if REFERENCE in adapters.configs else None
+            self._using = lambda: adapters.using(name)
+            own = adapters.placed[name] if name is not None else ()
+        if own:
+            self.identity = f"{kind} {fingerprint.of_model(own, grid)}"
+        if cfg.reference.sync_every is not None:
+            self.items = own
+
+    def complete(self, batches: Sequence[Batch], mismatched: Callable[[], Sequence[Batch]]) -> list[Batch]:
+        """The micro-batches with `reference` and `kl`, as far as the loss needs them; on the last stage, which alone reads them.
+
+        Args:
+            mismatched: makes the micro-batches of prompts with other rows' answers: `Loader.mismatched`.
+        """
+        if "reference" in self._needs:
+            batches = self._compared(batches)
+        if "kl" in self._needs:
+            divergence = self._kl(mismatched())
+            batches = [replace(batch, divergence=divergence) for batch in batches]
+        return list(batches)
+
+    def follow(self, step: int) -> None:
+        """After step `step`, which counts from 1: move the reference towards the trained model, where it is time to."""
+        if self._cfg.sync_every is None or step % self._cfg.sync_every:
+            return
+        with torch.no_grad():
+            for mine, theirs in zip(self.items, self._trained, strict=True):
+                mine.param.lerp_(theirs.param, self._cfg.sync_alpha)
+
+    def _compared(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        if self._cfg.kind == "stored":
+            return batches
+        if self._cfg.kind == "uniform":
+            return [replace(batch, stored=torch.zeros(len(batch.labels))) for batch in batches]
+        with self._using():
+            answers = collect(self._chunks, batches, _logprobs, self._grid)
+        if not self._grid.is_last_stage:
+            return batches
+        return [replace(batch, stored=answer) for batch, answer in zip(batches, answers, strict=True)]
+
+    def _kl(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Mean over answers of log π/π_ref, at least 0, the same on every rank of the last stage; None elsewhere."""
+        own = collect(self._policy, batches, _logprobs, self._grid)
+        compared = self._compared(batches)
+        if not self._grid.is_last_stage:
+            return None
+        difference = sum((mine.double() - batch.reference.double()).sum() for mine, batch in zip(own, compared, strict=True))
+        answers = sum((batch.side != 0).sum() for batch in batches)
+        both = torch.tensor([float(difference), float(answers)], dtype=torch.float64, device=self._grid.device)
+        dist.all_reduce(both, group=self._grid.dp.group)
+        return (both[0] / both[1]).clamp(min=0).to(own[0].dtype)
+
+
+def _logprobs(head: Head, batch: Batch) -> Tensor:
+    return head.logprobs(batch.labels)
+
+
+def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[list[Decoder], list[Placed]]:
+    """A second model, frozen, and where its weights lie. Raises MegamodError."""
+    chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
+    path = cfg.reference.path if cfg.reference.kind == "model" else None
+
+    def filled() -> list[Placed]:
+        return load(chunks, shape, grid, source if path is None else Safetensors(path), where=path or cfg.model.path)
+
+    items = together(filled)
+    assert items is not None
+    for chunk in chunks:
+        chunk.to(grid.device).requires_grad_(False)
+    return chunks, items
+
+
+def model_at_start(base: str, plan: Plan | None, adapters: Adapters | None, grid: Grid) -> str:
+    """Which model a run begins with: the fingerprint of its base, and of the adapter that it goes on from. Every rank calls it."""
+    if plan is None or plan.source is None or adapters is None:
+        return base
+    return f"{base}+{fingerprint.of_model(adapters.items, grid)}"
+
+
+def ask_all(chunks: Chunks, documents: Documents, cfg: RunConfig, grid: Grid, parts: Path, wave: int = WAVE) -> list[Floats] | None:
+    """The log-probabilities of every document's trained tokens, on rank 0; None elsewhere. Every rank calls it.
+
+    What is done stays in `parts`, so a killed attempt is gone on with.
+
+    Args:
+        parts: a folder for this model and these documents alone; it must be there.
+        wave: rows that each data-parallel rank and stage takes between two parts.
+    """
+    length, each = cfg.data.row_length, grid.dp.size * grid.pp.size  # the interleaved schedule takes micro-batches by the stage
+    groups = grouped(documents.joined)
+    packed = pack(groups.sums(documents.lengths), length).of(groups).tolist()
+    waves = [packed[first : first + wave * each] for first in range(0, len(packed), wave * each)]
+    done = on_first(lambda: {i for i in range(len(waves)) if (parts / f"{i:06d}.npz").exists()})
+    total = sum(map(len, packed))
+    known = sum(len(row) for i in done for row in waves[i])
+    bar = tqdm(total=total, initial=known, desc="asking the reference", unit=" texts", delay=3, mininterval=1, disable=grid.rank != 0)
+    with bar:
+        for i, rows in enumerate(waves):
+            if i in done:
+                continue
+            rows = rows + [[]] * (-len(rows) % each)
+            mine = [micro_batch([[documents[n] for n in row]], length) for row in rows[grid.dp.rank :: grid.dp.size]]
+            answers = collect(chunks, mine, _logprobs, grid)
+            speaks = grid.is_last_stage and grid.tp.rank == 0 and grid.cp.rank == 0
+            shares = gathered((grid.dp.rank, [answer.float().numpy() for answer in answers]) if speaks else None)
+            by_rank = dict(share for share in shares if share is not None)
+            found = [by_rank[n % grid.dp.size][n // grid.dp.size] for n in range(len(rows))]
+            together(partial(_keep, parts / f"{i:06d}.npz", rows, found), acts=grid.rank == 0)
+            bar.update(sum(map(len, rows)))
+    return together(lambda: _joined(parts, len(waves), documents), acts=grid.rank == 0)
+
+
+def _keep(file: Path, rows: Sequence[Sequence[int]], found: Sequence[Floats]) -> None:
+    draft = file.with_suffix(".tmp")
+    with draft.open("wb") as opened:
+        np.savez(opened, allow_pickle=False, documents=np.array([n for row in rows for n in row], np.int64), values=np.concatenate(found))
+    files.sync(draft)
+    draft.replace(file)
+
+
+def _joined(parts: Path, count: int, documents: Documents) -> list[Floats]:
+    """Each document's values, in the documents' order."""
+    values: dict[int, Floats] = {}
+    for i in range(count):
+        with np.load(parts / f"{i:06d}.npz", allow_pickle=False) as part:
+            numbers, found = part["documents"].tolist(), part["values"]
+        borders = np.cumsum([len(asked(documents[n])) for n in numbers])
+        values.update(zip(numbers, np.split(found, borders[:-1]), strict=True))
+    return [values[n] for n in range(len(documents.lengths))]
