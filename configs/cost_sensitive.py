@@ -10,7 +10,7 @@ import torch
 
 from megamod.batch import Batch
 from megamod.config import RunConfig
-from megamod.losses import Loss
+from megamod.losses import Loss, needs
 from megamod.model.head import Head
 from megamod.model.shape import Score
 
@@ -21,6 +21,7 @@ COSTS = ((0.0, 0.3, 1.0),  # truly safe: a false block costs 1
          (10.0, 3.0, 0.0))  # truly unsafe: a missed threat costs 10  # fmt: skip
 
 
+@needs("scores")
 def expected_cost(head: Head, batch: Batch, *, certainty: float = 0.1) -> Loss:
     """The mean over documents of Σ_v p(v)·cost(truth, v), and some cross-entropy, whose gradient does not fade where p(truth) is small."""
     logp = head.scores().log_softmax(-1)  # [N, 3]

@@ -27,7 +27,7 @@ MEANING: Mapping[Unit, str] = {
     "samples": "documents with a label",
     "pairs": "pairs of a better and a worse answer (`chosen` and `rejected`)",
     "rated": "answers that are said to be wanted or unwanted",
-    "chosen": "labelled tokens of wanted answers",
+    "chosen": "labelled tokens of wanted answers with a weight",
 }
 
 
@@ -54,6 +54,7 @@ class Batch:
     verdict: Tensor  # [N] bool: whether that token belongs to the verdict
     weight: Tensor  # [N] float: the weight of that token
     sequence: Tensor  # [N] int64: which document it belongs to
+    labelled: Tensor = None  # type: ignore[assignment]  # [S] bool: which have a label, wherever in the row's ranks; left out: from `sequence`
     document_weight: Tensor = None  # type: ignore[assignment]  # [S] float; left out: 1
     side: Tensor = None  # type: ignore[assignment]  # [S] int64: 1 a wanted answer, -1 an unwanted one, 0 neither; left out: 0
     pairs: Tensor = None  # type: ignore[assignment]  # [2, P] int64: the better and the worse document of each pair; left out: none
@@ -66,6 +67,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         left_out = {
+            "labelled": lambda: torch.zeros(self.sequences, dtype=torch.bool, device=self.rows.device).index_fill(0, self.sequence, True),
             "document_weight": lambda: torch.ones(self.sequences, dtype=self.weight.dtype, device=self.weight.device),
             "side": lambda: torch.zeros(self.sequences, dtype=torch.long, device=self.rows.device),
             "pairs": lambda: torch.zeros(2, 0, dtype=torch.long, device=self.rows.device),
@@ -99,15 +101,14 @@ class Batch:
 
         Read on the whole row, before `slice`. Documents and pairs count with the weight that the data gives them.
         """
-        is_labelled = torch.zeros(self.sequences, dtype=torch.float64).index_fill(0, self.sequence, 1.0)  # [S]
         weight = self.document_weight.double()
         return {
             "tokens": torch.tensor(float(len(self.labels)), dtype=torch.float64),
             "weights": self.weight.double().sum(),
-            "samples": (weight * is_labelled).sum(),
+            "samples": weight[self.labelled].sum(),
             "pairs": weight[self.pairs[0]].sum(),
             "rated": weight[self.side != 0].sum(),
-            "chosen": (self.side[self.sequence] == 1).sum().double(),
+            "chosen": self.weight[self.side[self.sequence] == 1].double().sum(),
         }
 
     def slice(self, rank: int, size: int, group: dist.ProcessGroup | None) -> "Batch":
@@ -137,9 +138,9 @@ class Batch:
         size, packing, padding, data and context parallelism cannot change a loss.
 
         Args:
-            x: `[N]` for tokens, weights (`batch.weight` times something) and chosen (0 where the document is not wanted); `[S]`
-                for samples and rated, as `per_sequence` gives it; `[P]` for pairs, as `of_pairs` gives it.
-            over: tokens — labelled positions; weights — the sum of their weights; chosen — labelled positions of wanted answers;
+            x: `[N]` for tokens, for weights and chosen (`batch.weight` times something; for chosen 0 where the document is not
+                wanted); `[S]` for samples and rated, as `per_sequence` gives it; `[P]` for pairs, as `of_pairs` gives it.
+            over: tokens — labelled positions; weights — the sum of their weights; chosen — that of wanted answers' positions;
                 samples — documents with a label; rated — those that are wanted or unwanted; pairs. Of documents and pairs each
                 counts with its weight; those that are not counted do not contribute.
 
@@ -151,7 +152,7 @@ class Batch:
         assert self.totals or self.cp is None, "the step's counts are taken from whole rows: step.with_totals"
         total = float((self.totals or self.counts())[over])
         if not total > 0:
-            raise MegamodError(f"a mean over {over!r}, and the step has no {MEANING[over]}")
+            raise MegamodError(f"a mean over {over!r}, and the step has no {MEANING[over]}: more rows in a step may have some")
         if over in PER_RANK:
             return x.sum() / total
         # Context-parallel ranks hold the same documents, and the objective is the sum over them.
@@ -161,7 +162,7 @@ class Batch:
         """The weight with which each document `[S]`, or pair `[P]`, counts."""
         if over == "pairs":
             return self.document_weight[self.pairs[0]]
-        return torch.where(self.side != 0, self.document_weight, 0.0) if over == "rated" else self.document_weight
+        return torch.where(self.side != 0 if over == "rated" else self.labelled, self.document_weight, 0.0)
 
     def per_sequence(self, x: Tensor) -> Tensor:
         """`[N]` → `[S]`: the sum of `x` over each document's labelled positions, wherever in the row's ranks they lie."""
@@ -176,6 +177,6 @@ class Batch:
         return self.labels[:, None] >> torch.arange(number, device=self.labels.device) & 1
 
     def mean_of(self, x: Tensor, where: Tensor | None = None) -> Mean:
-        """A metric: the mean of `x` over the whole step, or over the elements that the mask `where` keeps."""
+        """A metric: the mean of `x` over the whole step, or over the elements that the mask `where` keeps, such as `labelled` of `[S]`."""
         kept = torch.ones_like(x, dtype=torch.bool) if where is None else where
         return Mean(torch.where(kept, x.detach(), 0).sum(), kept.sum())

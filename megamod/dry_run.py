@@ -73,8 +73,12 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
             rows_per_micro_batch=d.rows_per_micro_batch, seed=cfg.seed, dp_rank=grid.dp.rank, dp_size=grid.dp.size,
         )  # fmt: skip
         compared = build(cfg.model, shape, grid, deterministic=cfg.deterministic)[0] if is_copy(cfg) else []
-        nothing = torch.zeros(())
-        batches = [replace(batch, stored=nothing.expand(len(batch.labels)), divergence=nothing) for batch in loader.step(0)]
+        needs, nothing = needs_of(cfg.loss), torch.zeros(())
+        batches = loader.step(0)
+        if "reference" in needs:
+            batches = [replace(batch, stored=nothing.expand(len(batch.labels))) for batch in batches]
+        if "kl" in needs:
+            batches = [replace(batch, divergence=nothing) for batch in batches]
         train_step(wrapped, batches, cfg.loss, grid)
         parameters, copied = ([p for chunk in part for p in chunk.parameters()] for part in (chunks, compared))
         copies = [s for s in optimizer.segments if s.master.dtype is not s.weight.dtype]

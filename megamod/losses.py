@@ -25,8 +25,9 @@ from torch import Tensor
 from megamod.batch import Batch, Mean
 from megamod.errors import MegamodError
 from megamod.model.head import Head
+from megamod.verdicts import SEVERITIES
 
-Need = Literal["pairs", "rated", "reference", "kl"]
+Need = Literal["pairs", "rated", "scores", "reference", "kl"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -47,14 +48,15 @@ def needs(*what: Need) -> Callable[[Function], Function]:
     """Marks what a loss needs beside labels.
 
     Of the data: "pairs" of a better and a worse answer, or "rated" answers, wanted and unwanted; other losses refuse unwanted answers.
-    Of a pass before the training pass: "reference", which it reads as `batch.reference`, and "kl", as `batch.kl`.
+    Of the model: "scores", a head of them. Of a pass before the training pass: "reference", which it reads as `batch.reference`, and
+    "kl", as `batch.kl`.
 
     @needs("pairs", "reference")
     def my_dpo(head: Head, batch: Batch) -> Loss: ...
     """
 
     def mark(function: Function) -> Function:
-        function.needs = frozenset(what)  # type: ignore[attr-defined]
+        function.needs = frozenset((*what, *["reference"] * ("kl" in what)))  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -133,7 +135,7 @@ def _sft(batch: Batch, logprob: Tensor, weight: float) -> Tensor | float:
     """The mean of -log π over the better answers' tokens, with its weight."""
     if not weight:
         return 0.0
-    return weight * batch.mean(torch.where(batch.side[batch.sequence] > 0, -logprob, 0.0), over="chosen")
+    return weight * batch.mean(torch.where(batch.side[batch.sequence] > 0, -logprob * batch.weight, 0.0), over="chosen")
 
 
 def preference_metrics(batch: Batch, logprob: Tensor, beta: float) -> dict[str, Mean]:
@@ -153,7 +155,7 @@ def preference_metrics(batch: Batch, logprob: Tensor, beta: float) -> dict[str, 
         "rewards/accuracies": batch.mean_of((better > worse).to(better.dtype)),
         "logps/chosen": batch.mean_of(chosen),
         "logps/rejected": batch.mean_of(rejected),
-        "kl": batch.mean_of(logprob - batch.reference),
+        "log_ratio": batch.mean_of(logprob - batch.reference),  # a token's, over both answers
     }
 
 
@@ -190,7 +192,7 @@ def kto(head: Head, batch: Batch, *, beta: float = 0.1, desirable_weight: float 
 # --- scores: reward models and classifiers, whose head has scores in the vocabulary's place (model.score) ----------------------
 
 
-@needs("pairs")
+@needs("pairs", "scores")
 def reward(head: Head, batch: Batch, *, centering: float = 0.0) -> Loss:
     """A reward model from pairs (Bradley & Terry 1952): mean of -log σ(r⁺ - r⁻ - m), m the row's margin (Llama 2, arXiv:2307.09288, eq. 2).
 
@@ -212,6 +214,7 @@ def reward(head: Head, batch: Batch, *, centering: float = 0.0) -> Loss:
     )
 
 
+@needs("scores")
 def classification(head: Head, batch: Batch, *, class_weights: tuple[float, ...] | None = None, gamma: float = 0.0) -> Loss:
     """One class of several: mean of w_c·(1 - p_c)^γ·(-log p_c), p = softmax of the scores; each document with its weight.
 
@@ -231,6 +234,7 @@ def classification(head: Head, batch: Batch, *, class_weights: tuple[float, ...]
     return Loss(batch.mean(batch.weight * each, over="weights"), {"nll": batch.mean_of(nll), "accuracy": batch.mean_of(right)})
 
 
+@needs("scores")
 def multilabel(
     head: Head,
     batch: Batch,
@@ -264,30 +268,33 @@ def multilabel(
     return Loss(batch.mean(batch.weight * each, over="weights"), {"nll": batch.mean_of(nll), "accuracy": batch.mean_of(right)})
 
 
-def streaming(head: Head, batch: Batch, *, severities: int = 3, category_weight: float = 1.0) -> Loss:
+@needs("scores")
+def streaming(head: Head, batch: Batch, *, category_weight: float = 1.0) -> Loss:
     """A verdict at every token, as Qwen3Guard-Stream learns it (arXiv:2510.14276): severity everywhere, category where it is not safe.
 
-    Mean over tokens of -log p(severity) + λ·(-log p(category)), each a softmax over its own scores. The first `severities` labels
-    of `model.score` are severities, the first of them safe; the others are categories. Of several categories each has an equal part.
+    Mean over tokens of -log p(severity) + λ·(-log p(category)), each a softmax over its own scores: those of `model.score.labels` that are
+    severities, and the others. Of several categories each has an equal part.
 
     Args:
-        severities: how many of the scores are severities.
         category_weight: λ.
     """
-    z = head.scores()  # [N, L]
-    y = batch.classes(z.shape[1])
-    severity, category = F.log_softmax(z[:, :severities], -1), F.log_softmax(z[:, severities:], -1)
-    nll = -(severity * y[:, :severities]).sum(-1)  # [N]
-    right = (severity.argmax(-1) == y[:, :severities].argmax(-1)).to(z.dtype)
-    kinds = y[:, severities:]
-    about = kinds / kinds.sum(-1, keepdim=True).clamp(min=1) * (1 - y[:, :1])
+    labels, z = head.labels(), head.scores()  # [N, L]
+    severities, categories = ([i for i, label in enumerate(labels) if (label in SEVERITIES) is wanted] for wanted in (True, False))
+    if "safe" not in labels or len(severities) < 2:
+        raise MegamodError(f"streaming: {', '.join(labels)} are no labels of severities: safe, and another of {', '.join(SEVERITIES)}")
+    y = batch.classes(len(labels))
+    severity, category = F.log_softmax(z[:, severities], -1), F.log_softmax(z[:, categories], -1)
+    nll = -(severity * y[:, severities]).sum(-1)  # [N]
+    right = (severity.argmax(-1) == y[:, severities].argmax(-1)).to(z.dtype)
+    kinds = y[:, categories]
+    about = kinds / kinds.sum(-1, keepdim=True).clamp(min=1) * (1 - y[:, [labels.index("safe")]])
     each = nll - category_weight * (category * about).sum(-1)
     return Loss(batch.mean(batch.weight * each, over="weights"), {"nll": batch.mean_of(nll), "accuracy": batch.mean_of(right)})
 
 
 def _either(mask: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """`yes` where the mask holds, else `no`, in the dtype of `like`: torch.where of two floats would round them to fp32."""
-    return torch.where(mask, like.new_tensor(yes), like.new_tensor(no))
+    return torch.full_like(like, no).masked_fill(mask, yes)  # on the device, where a new tensor would be copied to it
 
 
 def _focus(logp: Tensor, gamma: float) -> Tensor | float:

@@ -22,10 +22,11 @@ from megamod.config import RunConfig
 from megamod.data.documents import Documents
 from megamod.data.packing import grouped, micro_batch, pack
 from megamod.data.stored import Compared, Floats, asked
+from megamod.errors import MegamodError
 from megamod.model.build import Decoder, build
 from megamod.model.head import Head
 from megamod.model.lora import REFERENCE, Adapters, Plan
-from megamod.model.shape import Shape
+from megamod.model.shape import Shape, read_shape
 from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.step import Chunks, collect
@@ -82,6 +83,7 @@ class Reference:
         self._chunks: Chunks = chunks
         self._using: Callable[[], AbstractContextManager[None]] = nullcontext
         self.items: Sequence[Placed] = ()
+        self._followers: Sequence[Placed] = ()  # what of `items` the model holds, rounded where that is needed
         own: Sequence[Placed] = ()
         kind = cfg.reference.kind
         self.identity: str = kind if stored is None else f"{kind} {stored.digest}"
@@ -94,7 +96,9 @@ class Reference:
         if own:
             self.identity = f"{kind} {fingerprint.of_model(own, grid)}"
         if cfg.reference.sync_every is not None:
-            self.items = own
+            self.identity += f", synchronised with {cfg.reference.sync_alpha}"
+            self._followers = own
+            self.items = [_exact(item) for item in own] if cfg.reference.sync_alpha < 1 else own
 
     def complete(self, batches: Sequence[Batch], mismatched: Callable[[], Sequence[Batch]]) -> list[Batch]:
         """The micro-batches with `reference` and `kl`, as far as the loss needs them; on the last stage, which alone reads them.
@@ -115,7 +119,14 @@ class Reference:
             return
         with torch.no_grad():
             for mine, theirs in zip(self.items, self._trained, strict=True):
-                mine.param.lerp_(theirs.param, self._cfg.sync_alpha)
+                mine.param.lerp_(theirs.param.to(mine.param.dtype), self._cfg.sync_alpha)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the reference model what `items` hold. Also after a checkpoint is read."""
+        for mine, held in zip(self.items, self._followers, strict=True):
+            held.param.copy_(mine.param)
 
     def _compared(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         if self._cfg.kind == "stored":
@@ -145,12 +156,22 @@ def _logprobs(head: Head, batch: Batch) -> Tensor:
     return head.logprobs(batch.labels)
 
 
+def _exact(item: Placed) -> Placed:
+    """A copy in at least fp32: small steps of a mixture would be lost in bfloat16's rounding."""
+    param = item.param.detach()
+    return replace(
+        item, param=torch.nn.Parameter(param.to(torch.promote_types(param.dtype, torch.float32), copy=True), requires_grad=False)
+    )
+
+
 def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[list[Decoder], list[Placed]]:
     """A second model, frozen, and where its weights lie. Raises MegamodError."""
     chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     path = cfg.reference.path if cfg.reference.kind == "model" else None
 
     def filled() -> list[Placed]:
+        if path is not None and read_shape(path) != shape:
+            raise MegamodError(f"reference.path = {path}: its config.json describes another model than the one that is trained")
         return load(chunks, shape, grid, source if path is None else Safetensors(path), where=path or cfg.model.path)
 
     items = together(filled)

@@ -76,7 +76,7 @@ def _train(cfg: RunConfig) -> Path:
     together(lambda: _see(directory))
     documents = together(lambda: open_documents(d, [store.path for store in stores], shape.vocab, cfg.seed))
     assert documents is not None
-    together(partial(_check_documents, cfg, documents))
+    together(partial(_check_documents, cfg, shape, documents))
     stored = together(partial(_stored, cfg, documents))
     documents = stored or documents
     loader = Loader(
@@ -104,6 +104,8 @@ def _train(cfg: RunConfig) -> Path:
     if plan is not None:
         before, known = fingerprint.of_model(base, grid, None), fingerprint.of_model(base, grid)
         together(partial(_check_base, newest, plan, known))
+        if compared is not None and not isinstance(compared, Plan):
+            together(partial(peft.check_fingerprint, compared, known, "the reference"))
         about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
         adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"], compared)
         items = adapters.items
@@ -117,6 +119,7 @@ def _train(cfg: RunConfig) -> Path:
     if newest is not None:
         together(partial(_check_reference, newest, reference.identity))
         checkpoint.resume(newest, optimizer, reference.items)
+        reference.publish()
 
     log = Log(cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports)
     paths = gathered(adapters.paths if adapters is not None else {})
@@ -249,9 +252,11 @@ def _check_base(newest: Path | None, plan: Plan, base: str) -> None:
         raise MegamodError(f"{newest}: its adapter was trained on a base with the fingerprint {before}, this one has {base}")
 
 
-def _check_documents(cfg: RunConfig, documents: Documents) -> None:
-    """Refuse answers that the loss cannot learn from, or would learn to give although they are unwanted. Raises MegamodError."""
+def _check_documents(cfg: RunConfig, shape: Shape, documents: Documents) -> None:
+    """Refuse what the loss cannot learn from, and answers that it would learn to give although they are unwanted. Raises MegamodError."""
     name, needs, unwanted = loss_name(cfg.loss), needs_of(cfg.loss), int((documents.side < 0).sum())
+    if "scores" in needs and shape.score is None:
+        raise MegamodError(f"loss {name} learns scores, and the model's head is the vocabulary: set model.score")
     if "pairs" in needs and not documents.joined.any():
         raise MegamodError(f"loss {name} learns from pairs, and data.train has none: rows with chosen and rejected were expected")
     if "rated" in needs and not documents.side.any():

@@ -592,7 +592,7 @@ def configs(folder: Path) -> list[RunConfig]:
         classify(name="parts", steps=4, parallel=P(pp=2)),
         classify(name="lora", steps=3, lora=LoraConfig(r=4), parallel=P(tp=2), eval=judged, checkpoint=export),
         run_config(folder, "reward", 8, "pairs.jsonl", losses.reward, REWARD),
-        run_config(folder, "stream", 2, "pairless.jsonl", partial(losses.streaming, severities=3), STREAM, parallel=P(cp=2)),
+        run_config(folder, "stream", 2, "pairless.jsonl", losses.streaming, STREAM, parallel=P(cp=2)),
         run_config(folder, "dpo", 2, "pairs.jsonl", losses.dpo),
         run_config(folder, "kto", 2, "rated.jsonl", losses.kto, parallel=P(tp=2)),
     ]

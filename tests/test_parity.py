@@ -120,6 +120,8 @@ def test_overlap(expected: str) -> None:
     """Gradients reduced bucket by bucket while the backward pass goes on."""
     check([Case("qwen3-tied", grid, overlap=True) for grid in (P(), P(tp=2, pp=2), P(pp=2, vpp=2))], expected)
     check([Case("qwen2-1kv", P(tp=4), overlap=True, recompute=recompute) for recompute in RECOMPUTE], expected)
+    # After the reference's pass, which reduces nothing.
+    check([Case("qwen3-tied", grid, overlap=True, loss="kto") for grid in (P(tp=2, pp=2), P(pp=2, vpp=2))], expected)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -59,8 +59,8 @@ def test_after_sft_with_an_adapter_the_reference_is_that_adapter(tmp_path: Path)
     ]
     _, dpo, base, named, resumed, whole = trained(runs)
     assert dpo[1]["loss"] == pytest.approx(math.log(2), rel=1e-12)
-    assert dpo[1]["rewards/margins"] == dpo[1]["kl"] == 0.0
-    assert abs(base[1]["kl"]) > 1e-3 and abs(base[1]["loss"] - math.log(2)) > 1e-4
+    assert dpo[1]["rewards/margins"] == dpo[1]["log_ratio"] == 0.0
+    assert abs(base[1]["log_ratio"]) > 1e-3 and abs(base[1]["loss"] - math.log(2)) > 1e-4
     assert of(named, "loss") == of(dpo, "loss")
     assert of(resumed, "loss") == pytest.approx(of(whole, "loss"), rel=1e-9)
     assert dpo[2]["loss"] != math.log(2)
@@ -104,6 +104,11 @@ def test_another_reference_is_refused_on_resume(tmp_path: Path) -> None:
         distributed.RankError, match=r"its loss was compared with the reference 'start [0-9a-f]{16}', this run has 'uniform'"
     ):
         trained([(DPO, [*run, "steps=2", "reference.kind=uniform"])])
+    with pytest.raises(distributed.RankError, match="this run has 'start [0-9a-f]{16}, synchronised with 0.5'"):
+        trained([(DPO, [*run, "steps=2", "reference.sync_every=1", "reference.sync_alpha=0.5"])])
+    other = f"reference.path={CONFIGS}/models/qwen2.5-7b"
+    with pytest.raises(distributed.RankError, match="config.json describes another model than the one that is trained"):
+        trained([(DPO, [f"dir={tmp_path}/other", "steps=1", "reference.kind=model", other])])
 
 
 def test_uniform_is_reference_free(tmp_path: Path) -> None:
@@ -267,9 +272,24 @@ def test_mismatched_answers_do_not_depend_on_the_grid() -> None:
     assert expected == sorted((prompt + answer)[-20:] for prompt, answer in zip(prompts, answers[-1:] + answers[:-1], strict=True))
 
 
+def test_the_answers_of_a_pair_are_not_each_other_s() -> None:
+    """They have one prompt: its own better answer after it would be no other row's."""
+    pairs = [(n, [document(n + 1, n + 2, 1), document(n + 1, 2 * n + 3, -1, joined=True)]) for n in range(6)]
+    documents = InMemory([one for _, pair in pairs for one in pair])
+    loader = Loader(documents, row_length=40, rows_per_step=3, rows_per_micro_batch=1, seed=3, dp_rank=0, dp_size=1)
+    own = {tuple(one.tokens.tolist()) for _, pair in pairs for one in pair}
+    texts = [
+        tuple(tokens.tolist())
+        for batch in loader.mismatched(0)
+        for tokens, side in zip(batch.tokens.split(batch.lengths), batch.side.tolist(), strict=True)
+        if side
+    ]
+    assert texts and not {*texts} & own
+
+
 def test_one_answer_cannot_be_mismatched() -> None:
     loader = Loader(InMemory([document(3, 4, 1)]), row_length=8, rows_per_step=1, rows_per_micro_batch=1, seed=1, dp_rank=0, dp_size=1)
-    assert "step 1 has 1 rated answers" in complaint(lambda: loader.mismatched(0))
+    assert "step 1 has rated answers to 1 prompts" in complaint(lambda: loader.mismatched(0))
 
 
 def test_made_up_pairs_share_their_prompts() -> None:
@@ -281,6 +301,45 @@ def test_made_up_pairs_share_their_prompts() -> None:
         assert (better.tokens[:shared] == worse.tokens[:shared]).all() and len(better.tokens) + len(worse.tokens) <= 64
     said = complaint(lambda: synthetic(SyntheticData(documents=3, pairs=True), 50, 64, seed=2))
     assert said == "data.train.documents = 3: must be an even number, for pairs"
+
+
+@given(st.integers(0, 9))
+def test_padding_is_no_sample(room: int) -> None:
+    """A function of [S] that is not 0 at 0 changes nothing where a document has no label, or is what is left of a row."""
+    items = [replace(document(2, 3), weight=0.5), replace(document(1, 4), weight=2.0), replace(document(3, 0), weight=9.0)]
+    batch = micro_batch([items], 13 + room)
+    x = batch.per_sequence(torch.ones(7, dtype=torch.float64)).cos()
+    expected = (0.5 * math.cos(3) + 2.0 * math.cos(4)) / 2.5
+    assert float(batch.mean(x, over="samples")) == pytest.approx(expected, rel=1e-12)
+    assert batch.labelled.tolist()[:3] == [True, True, False]
+
+
+def test_small_steps_of_a_mixture_are_kept_in_bfloat16() -> None:
+    """θ_ref ← α·θ + (1 - α)·θ_ref with α = .05, fifty times: what follows is kept in fp32, and rounded for the model."""
+    assert distributed.run(2, followed)[0] < 0.02
+
+
+def followed() -> float:
+    """On a pool's rank: how far, relatively, the reference is from where the recursion ends."""
+    from megamod.model.build import build
+    from megamod.reference import Reference
+    from megamod.train import model_shape
+    from megamod.weights.load import Random, load
+
+    cfg = config.load(DPO, ["model.dtype=bfloat16", "reference.sync_every=1", "reference.sync_alpha=0.05"])
+    shape = model_shape(cfg)
+    with started(cfg.parallel, shape) as grid:
+        chunks, _ = build(cfg.model, shape, grid)
+        items = load(chunks, shape, grid, Random(shape, 1))
+        reference = Reference(cfg, shape, grid, chunks, items, None, Random(shape, 2))
+        begun = [item.param.detach().double() for item in reference._followers]
+        for step in range(1, 51):
+            reference.follow(step)
+        off, far = 0.0, 0.0
+        for item, first, theirs in zip(reference._followers, begun, items, strict=True):
+            expected = theirs.param.double() + 0.95**50 * (first - theirs.param.double())
+            off, far = off + float((item.param.double() - expected).norm()), far + float((first - expected).norm())
+        return off / far
 
 
 # --- what a config may say ----------------------------------------------------------------------------------------------------

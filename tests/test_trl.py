@@ -254,7 +254,7 @@ def compare(parallel: P, names: Sequence[str], file: str) -> list[Found]:
 # Ours → TRL's, where they are not called alike.
 RENAMED = {"Reward": {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}}
 IN_FP32 = ("rewards/accuracies",)  # TRL's mean of a truth
-OURS = {"DPO": {"loss", "kl"}, "KTO": {"loss"}, "Reward": {"loss", "rewards/chosen", "rewards/rejected"}}  # TRL has no such metric
+OURS = {"DPO": {"loss", "log_ratio"}, "KTO": {"loss"}, "Reward": {"loss", "rewards/chosen", "rewards/rejected"}}  # TRL has no such metric
 
 
 def off(found: float, expected: float) -> float:
@@ -515,7 +515,13 @@ def classes_batch(classes: Sequence[int]) -> Batch:
     return micro_batch([made], sum(len(d.tokens) for d in made) + 5)
 
 
-def check_classes(loss: Callable[..., losses.Loss], classes: Sequence[int], labels: int, expected: Callable[[Tensor], Tensor]) -> None:
+def check_classes(
+    loss: Callable[..., losses.Loss],
+    classes: Sequence[int],
+    labels: int,
+    expected: Callable[[Tensor], Tensor],
+    names: tuple[str, ...] | None = None,
+) -> None:
     """Value and gradients against the weighted mean of `expected`: scores `[N, L]` → `[N]`."""
     generator = torch.Generator().manual_seed(labels)
     batch = classes_batch(classes)
@@ -524,7 +530,7 @@ def check_classes(loss: Callable[..., losses.Loss], classes: Sequence[int], labe
         torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((len(classes), CHANNELS), (labels, CHANNELS), (labels,))
     ]
     ours, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
-    value = loss(ScoreHead.whole(*ours), batch).value
+    value = loss(ScoreHead.whole(*ours, names), batch).value
     hidden, weight, bias = theirs
     share = torch.tensor([0.5 + i / 8 for i in range(len(classes))], dtype=torch.float64)
     known = (share * expected(hidden @ weight.t() + bias)).sum() / share.sum()
@@ -607,7 +613,8 @@ def test_streaming(weight: float) -> None:
         return torch.stack(each)
 
     bits = [1 << level | kinds << 3 for level, kinds in zip(severity, categories, strict=True)]
-    check_classes(partial(losses.streaming, category_weight=weight), bits, 7, expected)
+    names = ("safe", "controversial", "unsafe", "a", "b", "c", "d")
+    check_classes(partial(losses.streaming, category_weight=weight), bits, 7, expected, names)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
     launch/node.sh configs/smollm2_dpo.py data.train=pairs.jsonl
 
 --verdicts are the model's own of the same rows, in the same order (tools/judge.py); the rejected verdict is then the wrong severity that it
-finds most probable, with the categories that it gave where it was decoded so. Without, it is drawn from the seed. --below keeps the rows
+finds most probable, with the categories that it gave where it was decoded so. Without, it is drawn from the seed. Reasons and what else a
+verdict says are the right one's. --below keeps the rows
 whose right severity the model gives less than that probability: where it is sure and right there is little to learn.
 """
 
@@ -12,18 +13,19 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megamod.command import command
-from megamod.data.jsonl import json_object, lines_of, row_of
+from megamod.data.jsonl import Row, json_object, lines_of, row_of
 from megamod.errors import MegamodError, expected
 from megamod.evaluate import records
 from megamod.evaluate.metrics import Judged
 from megamod.files import replace_text
-from megamod.verdicts import FORMATS, format_of
+from megamod.verdicts import FORMATS, Severity, format_of
 
 
 @command
@@ -47,9 +49,11 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     severities = format_of(args.format).severities
     made, counts = [], Counter[str]()
+    categories = sorted({name for where, line in lines for name in row_of(json_object(line, where), where).categories})
     for (where, line), one in zip(lines, judged, strict=True):
         record = json_object(line, where)
-        label = row_of(record, where).label
+        row = row_of(record, where)
+        label = row.label
         if label is None or "rejected" in record:
             raise MegamodError(f"{where}: {'no label' if label is None else 'rejected'}: a labelled row that is no pair was expected")
         if label not in severities:
@@ -59,7 +63,7 @@ def main() -> None:
         if one is not None and args.below is not None and one.scores.get(label, 0.0) >= args.below:
             counts["sure"] += 1
             continue
-        rejected = _rejected(label, one, [s for s in severities if s != label], rng)
+        rejected = _rejected(row, one, [s for s in severities if s != label], categories, rng)
         counts[f"{label} over {rejected['label']}"] += 1
         made.append(json.dumps({**record, "rejected": rejected}, ensure_ascii=False) + "\n")
     if not made:
@@ -71,14 +75,20 @@ def main() -> None:
     print(f"{args.out}: {len(made):,} pairs · {kinds}" + (f" · {counts['sure']:,} rows left out" if counts["sure"] else ""))
 
 
-def _rejected(label: str, judged: Judged | None, others: list[str], rng: np.random.Generator) -> dict[str, Any]:
-    """A wrong verdict, as a row says it."""
-    if judged is None:
-        return {"label": str(rng.choice(others))}
-    scores = {severity: judged.scores.get(severity, 0.0) for severity in others}  # type: ignore[call-overload]
-    wrong = max(others, key=lambda severity: scores[severity])
-    said = judged.verdict
-    return {"label": wrong, **({"categories": list(said.categories)} if said is not None and said.severity == wrong else {})}
+def _rejected(
+    row: Row, judged: Judged | None, others: Sequence[Severity], categories: Sequence[str], rng: np.random.Generator
+) -> dict[str, Any]:
+    """A wrong verdict, as a row says it; what is not wrong is the right one's, so that nothing else tells the two apart."""
+    wrong = others[int(rng.integers(len(others)))]
+    if judged is not None:
+        wrong = max(others, key=lambda severity: judged.scores.get(severity, 0.0))
+    named: Sequence[str] = ()
+    if wrong != "safe":
+        said = judged.verdict if judged is not None else None
+        named = said.categories if said is not None and said.severity == wrong else row.categories
+        named = named or ([str(rng.choice(categories))] if categories else ())
+    same = {"reason": row.reason, "refusal": row.refusal, "request": row.request}
+    return {"label": wrong, "categories": list(named), **{key: value for key, value in same.items() if value is not None}}
 
 
 if __name__ == "__main__":

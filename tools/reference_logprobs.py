@@ -57,7 +57,7 @@ def compute(cfg: RunConfig) -> Path:
     model = model_at_start(known, plan, adapters, grid)
     for chunk in chunks:
         chunk.to(grid.device).requires_grad_(False)
-    key = zlib.crc32(f"{documents.fingerprint()} {model} {cfg.data.row_length} {cfg.parallel}".encode())
+    key = zlib.crc32(f"{documents.fingerprint()} {model} {cfg.data.row_length} {cfg.model.dtype} {grid}".encode())
     parts = out.with_name(f".{out.name}.{key:08x}.parts")
     together(lambda: parts.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
     values = ask_all(chunks, documents, cfg, grid, parts)

@@ -85,7 +85,8 @@ class InMemory:
             digest.update(document.tokens.astype("<i8").tobytes())
             digest.update(document.labels.astype("<i8").tobytes())
             digest.update(document.verdict.astype(np.bool_).tobytes())
-            digest.update(struct.pack("<b?d", document.side, document.joined, document.margin))
+            if document.side or document.joined or document.margin:
+                digest.update(struct.pack("<b?d", document.side, document.joined, document.margin))
             if document.classes is not None:
                 digest.update(document.classes.astype("<i8").tobytes())
         return digest.hexdigest()

@@ -111,8 +111,8 @@ class Loader:
     def mismatched(self, number: int, multiple: int = 1) -> list[Batch]:
         """This rank's micro-batches of step `number`'s prompts, each with the answer of the row before it: what KTO's KL is taken from.
 
-        An answer begins at a document's first trained token. Which answer follows which prompt does not depend on the grid. A prompt
-        that leaves no room for the answer loses its first tokens.
+        An answer begins at a document's first trained token; a pair's two answers come from the pair before. Which answer follows which
+        prompt does not depend on the grid. A prompt that leaves no room for the answer loses its first tokens.
 
         Args:
             multiple: of which the number of micro-batches must be one, for the pipeline; they are filled up with padding.
@@ -120,20 +120,24 @@ class Loader:
         Raises:
             MegamodError: a step of fewer than two rated documents: there is no other answer.
         """
-        rows = self._stream(number * self._rows_per_step, self._rows_per_step)
-        documents = [document for row in rows for i in self._packed[int(row)].tolist() if (document := self._documents[i]).side]
-        if len(documents) < 2:
+        groups: list[list[Document]] = []  # an answer, or the two of a pair, which have one prompt
+        for row in self._stream(number * self._rows_per_step, self._rows_per_step).tolist():
+            for document in (document for i in self._packed[row].tolist() if (document := self._documents[i]).side):
+                groups = [*groups[:-1], [*groups[-1], document]] if document.joined else [*groups, [document]]
+        if len(groups) < 2:
             raise MegamodError(
-                f"step {number + 1} has {len(documents)} rated answers, and KTO's KL needs prompts with another row's answer: at least 2 "
-                f"were expected: raise data.rows_per_step"
+                f"step {number + 1} has rated answers to {len(groups)} prompts, and KTO's KL needs other rows' answers: at least 2 were "
+                f"expected: raise data.rows_per_step"
             )
-        made = [_answered(document, documents[i - 1], self._row_length) for i, document in enumerate(documents)]
+        made = [
+            _answered(document, next((other for other in before if other.side == document.side), before[0]), self._row_length)
+            for before, group in zip([groups[-1], *groups[:-1]], groups, strict=True)
+            for document in group
+        ]
         packed = pack([len(document.tokens) for document in made], self._row_length).tolist()
         packed += [[]] * (-len(packed) % (self._rows_per_micro_batch * self._dp_size * multiple))
-        groups = [packed[i : i + self._rows_per_micro_batch] for i in range(0, len(packed), self._rows_per_micro_batch)]
-        return [
-            micro_batch([[made[i] for i in row] for row in group], self._row_length) for group in groups[self._dp_rank :: self._dp_size]
-        ]
+        parts = [packed[i : i + self._rows_per_micro_batch] for i in range(0, len(packed), self._rows_per_micro_batch)]
+        return [micro_batch([[made[i] for i in row] for row in part], self._row_length) for part in parts[self._dp_rank :: self._dp_size]]
 
     def _micro_batch(self, rows: Sequence[int]) -> Batch:
         return micro_batch([[self._documents[i] for i in self._packed[row].tolist()] for row in rows], self._row_length)

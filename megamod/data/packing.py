@@ -370,8 +370,7 @@ def _stored(documents: Sequence[Document], ends: Indices, labelled: Indices) -> 
     """[N] the reference's log-probabilities of the labelled positions, where the documents have them."""
     if not any(document.reference is not None for document in documents):
         return None
-    zeros = [np.zeros(len(document.tokens)) for document in documents]
-    found = [replace(d, reference=d.reference if d.reference is not None else z) for d, z in zip(documents, zeros, strict=True)]
+    found = [d if d.reference is not None else replace(d, reference=np.zeros(len(d.tokens), np.float32)) for d in documents]
     return torch.from_numpy(_shifted(found, ends, "reference")[labelled])
 
 

@@ -83,7 +83,8 @@ class Store:
         self.trained, self.verdicts, self.largest = counts["trained"], counts["verdicts"], counts["largest"]
         sizes = {"token": counts["tokens"], "sequence": counts["documents"]}
         self._offsets = self._map("offsets", "<i8", counts["documents"] + 1)
-        left_out = {name for name, about in self.manifest["columns"].items() if about["left_out"]}
+        written = self.manifest["columns"]
+        left_out = {column.name for column in COLUMNS if column.name not in written or written[column.name].get("left_out", False)}
         self._columns = {
             column.name: np.broadcast_to(np.array(column.absent, column.dtype), sizes[column.per])
             if column.name in left_out
@@ -496,7 +497,11 @@ def _assemble(tasks: Sequence[_Task], target: Path, about: Mapping[str, Any]) ->
     if not counts["documents"]:
         shutil.rmtree(draft)
         raise MegamodError(f"{about['source']}: no documents: all {counts['skipped']} are longer than a row: see data.chat.too_long")
-    whole = hashlib.sha256(json.dumps([hashlib.sha256(offsets.tobytes()).hexdigest(), *(d.hexdigest() for d in digests.values())]).encode())
+    whole = hashlib.sha256(
+        json.dumps(
+            [hashlib.sha256(offsets.tobytes()).hexdigest(), *(d.hexdigest() for name, d in digests.items() if name not in left_out)]
+        ).encode()
+    )
     manifest = {
         "format": FORMAT, "columns": {c.name: {"per": c.per, "dtype": c.dtype, "left_out": c.name in left_out} for c in COLUMNS},
         "counts": dict(counts), "unread": dict(unread), "fingerprint": whole.hexdigest(), **about,
@@ -513,7 +518,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     file = directory / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        columns = {name: (entry["per"], entry["dtype"], type(entry.get("left_out"))) for name, entry in manifest["columns"].items()}
+        columns = {name: (entry["per"], entry["dtype"]) for name, entry in manifest["columns"].items()}
         if manifest["format"] != FORMAT:
             raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}: prepare it again")
         numbers = [manifest["counts"][key] for key in COUNTS]
@@ -524,7 +529,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise MegamodError(f"{file}: {error.strerror or error}: a store made by tools/prepare_data.py was expected") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MegamodError(f"{file}: damaged ({error}): prepare it again") from None
-    missing = [c.name for c in COLUMNS if columns.get(c.name) != (c.per, c.dtype, bool)]
+    # A store of before there was a column has what its documents have without it.
+    missing = [c.name for c in COLUMNS if columns.get(c.name, None if c.absent is None else (c.per, c.dtype)) != (c.per, c.dtype)]
     if missing:
         raise MegamodError(f"{file}: made with other columns than {listed(missing)}: prepare it again")
     return manifest

@@ -34,7 +34,7 @@ class Compared:
 
     Attributes:
         model: which one they are of: `reference.model_at_start`.
-        digest: of all that is stored.
+        digest: of which model that is.
 
     Raises:
         MegamodError: nothing stored there, a damaged file, or log-probabilities of other documents.
@@ -49,7 +49,9 @@ class Compared:
                 f"{root}: log-probabilities of other documents: the data, its template or the row's length has changed since: run "
                 f"tools/reference_logprobs.py again"
             )
-        self.model, self.digest = str(about["model"]), f"{about['crc32']:08x}"
+        self.model = str(about["model"])
+        # Which model was asked, not its answers' last bits: computed again on another grid, they are the same reference.
+        self.digest = f"{zlib.crc32(self.model.encode()):08x}"
         self._offsets = np.fromfile(root / OFFSETS, "<i8")
         self._values = np.memmap(root / LOGPROBS, "<f4", "r") if self._offsets[-1] else np.zeros(0, np.float32)
         self.lengths, self.joined, self.side = documents.lengths, documents.joined, documents.side
@@ -103,7 +105,12 @@ def write(directory: str | Path, values: Sequence[Floats], documents: str, model
 
 
 def _crc(root: Path) -> int:
-    return zlib.crc32((root / LOGPROBS).read_bytes(), zlib.crc32((root / OFFSETS).read_bytes()))
+    found = 0
+    for name in (OFFSETS, LOGPROBS):
+        with (root / name).open("rb") as file:
+            while part := file.read(1 << 24):
+                found = zlib.crc32(part, found)
+    return found
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class Head:
         """What a head of scores has instead of log-probabilities: see ScoreHead. Raises MegamodError."""
         raise MegamodError("this model's head is the vocabulary, which has no scores: set model.score for a head that has")
 
+    def labels(self) -> tuple[str, ...]:
+        """What the scores are called. Raises MegamodError."""
+        raise MegamodError("this model's head is the vocabulary, which has no scores: set model.score for a head that has")
+
     @property
     def _chunk(self) -> int:
         """Rows whose logits, of all columns, are computed at a time."""
@@ -184,10 +188,14 @@ class ScoreHead(Head):
         self.bias, self.score = bias, score
 
     @classmethod
-    def whole(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "ScoreHead":
+    def whole(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, labels: tuple[str, ...] | None = None) -> "ScoreHead":
         """The head of a single process, on `[N, C]` labelled positions: the same loss in a notebook."""
-        score = Score(unnamed(len(weight)), "regression", every_token=bias is not None)
+        score = Score(labels or unnamed(len(weight)), "regression", every_token=bias is not None)
         return cls(hidden, weight, bias, score, torch.arange(len(hidden), device=hidden.device))
+
+    def labels(self) -> tuple[str, ...]:
+        """What the L scores are called."""
+        return self.score.labels
 
     def scores(self) -> Tensor:
         """`[N, L]` at the labelled positions: x Wᵀ + b, multiplied in at least fp32, so that no score is rounded to bfloat16."""

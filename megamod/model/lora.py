@@ -412,7 +412,7 @@ class Plan:
         """The adapter that `cfg` trains: new, or gone on from `cfg.path`.
 
         Args:
-            saved: of a run that is resumed, `identity` as its checkpoint has it; then `cfg.path` is not read again.
+            saved: of a run that is resumed, `identity` as its checkpoint has it; `cfg.path` is then read again for the reference only.
 
         Raises:
             MegamodError: see `peft.opened`, `peft.tensors` and `pissa.check`; an option that `cfg.path` contradicts.
