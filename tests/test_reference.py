@@ -104,10 +104,10 @@ def test_another_reference_is_refused_on_resume(tmp_path: Path) -> None:
         distributed.RankError, match=r"its loss was compared with the reference 'start [0-9a-f]{16}', this run has 'uniform'"
     ):
         trained([(DPO, [*run, "steps=2", "reference.kind=uniform"])])
-    with pytest.raises(distributed.RankError, match="this run has 'start [0-9a-f]{16}, synchronised with 0.5'"):
+    with pytest.raises(distributed.RankError, match=r"this run has 'start [0-9a-f]{16}, synchronised with 0.5'"):
         trained([(DPO, [*run, "steps=2", "reference.sync_every=1", "reference.sync_alpha=0.5"])])
     other = f"reference.path={CONFIGS}/models/qwen2.5-7b"
-    with pytest.raises(distributed.RankError, match="config.json describes another model than the one that is trained"):
+    with pytest.raises(distributed.RankError, match=r"config\.json describes another model than the one that is trained"):
         trained([(DPO, [f"dir={tmp_path}/other", "steps=1", "reference.kind=model", other])])
 
 
