@@ -28,6 +28,10 @@ check() {
 paths = json.load(open("runs/gpu_check_lora/run.json"))["adapters"]
 slow = [name for name, path in paths.items() if path != "triton"]
 sys.exit(f"megamod: error: not by the fused kernel: {slow}" if slow or not paths else 0)' || status=$?
+    # A second model that follows, and an adapter's own passes: their devices and dtypes.
+    local dpo=(python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/tiny_dpo.py model.dtype=bfloat16 steps=4)
+    "${dpo[@]}" dir=runs/gpu_check/dpo reference.sync_every=2 reference.sync_alpha=0.5 || status=$?
+    "${dpo[@]}" dir=runs/gpu_check/dpo_lora lora.r=8 checkpoint.export=false || status=$?
     MEGAMOD_NO_INSTALL=1 NPROC=1 bash launch/quickstart.sh || status=$?
     return "$status"
 }

@@ -54,7 +54,6 @@ class Batch:
     verdict: Tensor  # [N] bool: whether that token belongs to the verdict
     weight: Tensor  # [N] float: the weight of that token
     sequence: Tensor  # [N] int64: which document it belongs to
-    labelled: Tensor = None  # type: ignore[assignment]  # [S] bool: which have a label, wherever in the row's ranks; left out: from `sequence`
     document_weight: Tensor = None  # type: ignore[assignment]  # [S] float; left out: 1
     side: Tensor = None  # type: ignore[assignment]  # [S] int64: 1 a wanted answer, -1 an unwanted one, 0 neither; left out: 0
     pairs: Tensor = None  # type: ignore[assignment]  # [2, P] int64: the better and the worse document of each pair; left out: none
@@ -63,11 +62,11 @@ class Batch:
     divergence: Tensor | None = None  # scalar: KTO's KL over the whole step; None: read `kl`
     totals: Mapping[Unit, float] = field(default_factory=dict)  # unit → its count in the whole step; none: this batch is the step
     cp: dist.ProcessGroup | None = None  # the ranks that share the row
+    of_row: Tensor | None = None  # [S] bool: `labelled` of the whole row, after `slice`
     seed: int = 0  # of what is drawn at random for this micro-batch: the same on every grid
 
     def __post_init__(self) -> None:
         left_out = {
-            "labelled": lambda: torch.zeros(self.sequences, dtype=torch.bool, device=self.rows.device).index_fill(0, self.sequence, True),
             "document_weight": lambda: torch.ones(self.sequences, dtype=self.weight.dtype, device=self.weight.device),
             "side": lambda: torch.zeros(self.sequences, dtype=torch.long, device=self.rows.device),
             "pairs": lambda: torch.zeros(2, 0, dtype=torch.long, device=self.rows.device),
@@ -81,6 +80,13 @@ class Batch:
     def sequences(self) -> int:
         """S."""
         return len(self.lengths)
+
+    @property
+    def labelled(self) -> Tensor:
+        """`[S]` bool: which documents have a label, wherever in the row's ranks it lies."""
+        if self.of_row is not None:
+            return self.of_row
+        return torch.zeros(self.sequences, dtype=torch.bool, device=self.sequence.device).index_fill(0, self.sequence, True)
 
     @property
     def reference(self) -> Tensor:
@@ -121,7 +127,9 @@ class Batch:
         mine = (self.rows >= first) & (self.rows < first + width)
         labelled = ("labels", "verdict", "weight", "sequence", "stored")
         columns: dict[str, Any] = {name: value[mine] for name, value in self._tensors() if name in labelled}
-        return replace(self, tokens=self.tokens[first : first + width], rows=self.rows[mine] - first, cp=group, **columns)
+        return replace(
+            self, tokens=self.tokens[first : first + width], rows=self.rows[mine] - first, cp=group, of_row=self.labelled, **columns
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""

@@ -132,6 +132,8 @@ def _train(cfg: RunConfig) -> Path:
         log.say(str(adapters))
     for store in stores:
         log.say(str(store))
+    if "reference" in needs_of(cfg.loss):
+        log.say(f"{loss_name(cfg.loss)} compares with the reference: {reference.identity}")
     log.say(f"{loader.rows} rows of {d.row_length} tokens, {loader.utilisation:.1%} filled")
     if not documents.verdicts:
         log.say("no document marks verdict tokens: a loss that weighs them has none to weigh")

@@ -476,7 +476,10 @@ def test_a_step_without_a_labelled_token_is_refused(name: str) -> None:
     assert len(batch.labels) == 0
     hidden, weight = random(9, 5, seed=1).requires_grad_(), random(VOCAB, 5, seed=2).requires_grad_()
     head = Head.whole(hidden[batch.rows], weight)
-    assert complaint(lambda: LOSSES[name][0](head, batch)) == "a mean over 'weights', and the step has no labelled tokens with a weight"
+    assert (
+        complaint(lambda: LOSSES[name][0](head, batch))
+        == "a mean over 'weights', and the step has no labelled tokens with a weight: more rows in a step may have some"
+    )
     of_a_step = replace(batch, totals=dict.fromkeys(UNITS, 3.0))
     value, metrics = LOSSES[name][0](head, of_a_step)
     value.backward()

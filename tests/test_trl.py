@@ -76,7 +76,8 @@ def documents(kind: str) -> list[Document]:
     made = []
     for number, (length, better, worse) in enumerate(PAIRS):
         prompt = rng.integers(SPECIAL, VOCAB, size=length).tolist()
-        made += [document(prompt, better, side=1, margin=number / 4), document(prompt, worse, side=-1, joined=True)]  # TRL's are fp32
+        # Of a pair megamod takes both mismatched answers from the pair before; TRL's KTO knows no pairs. TRL's margins are fp32.
+        made += [document(prompt, better, side=1, margin=number / 4), document(prompt, worse, side=-1, joined=kind != "KTO")]
     for length, answer, wanted in ALONE if kind == "KTO" else ():
         made.append(document(rng.integers(SPECIAL, VOCAB, size=length).tolist(), answer, side=1 if wanted else -1))
     return made

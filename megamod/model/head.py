@@ -23,8 +23,9 @@ from megamod.errors import MegamodError
 from megamod.model.shape import Score, unnamed
 
 CHUNK_BYTES = 256 << 20  # of logits at a time, in the accumulation's dtype
-# Columns at a time on a CPU: their logits, and the weight that made them, are then still in its cache when they are asked for again.
-CPU_COLUMNS = 1024
+# Columns at a time on a CPU: few enough that their logits are still in its cache when they are asked for again; fewer still gain little
+# on idle cores, and where other work shares them every operation is one more at which threads wait for each other.
+CPU_COLUMNS = 8192
 
 
 class Statistics(NamedTuple):
