@@ -40,7 +40,7 @@ from megamod.weights import fingerprint, peft
 from megamod.weights.export import check as check_export
 from megamod.weights.export import export, refuse_taken
 from megamod.weights.load import Random, Source, load, weights_at
-from megamod.weights.table import hf_shapes
+from megamod.weights.table import Placed, hf_shapes
 
 
 def train(cfg: RunConfig) -> Path:
@@ -100,7 +100,9 @@ def _train(cfg: RunConfig) -> Path:
     compared = together(lambda: adapter_beside(cfg, shape, plan))
     base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))
     assert base is not None
-    items, adapters, about = base, None, dict(identity)
+    items: Sequence[Placed] = [item for item in base if isinstance(item, Placed)]
+    adapters, about = None, dict(identity)
+    known = None  # the base's fingerprint
     if plan is not None:
         before, known = fingerprint.of_model(base, grid, None), fingerprint.of_model(base, grid)
         together(partial(_check_base, newest, plan, known))
@@ -112,7 +114,7 @@ def _train(cfg: RunConfig) -> Path:
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
     if stored is not None and newest is None:
-        model = model_at_start(fingerprint.of_model(base, grid), plan, adapters, grid)
+        model = model_at_start(known or fingerprint.of_model(base, grid), plan, adapters, grid)
         together(partial(stored.check, model))
     reference = Reference(cfg, shape, grid, wrapped, items, adapters, source, stored)
     about |= {"reference": reference.identity}
