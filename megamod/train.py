@@ -322,7 +322,7 @@ def model_shape(cfg: RunConfig) -> Shape:
     shape = read_shape(cfg.model.path if cfg.model.shape is None else cfg.model.shape)
     if cfg.model.shape is not None and (Path(cfg.model.path) / "config.json").exists() and read_shape(cfg.model.path) != shape:
         raise MegamodError(f"model.shape = {cfg.model.shape} describes another model than {cfg.model.path}/config.json: remove model.shape")
-    return shape.scored(cfg.model.score)
+    return shape.scored(cfg.model.score).quantized(cfg.model.quantization)
 
 
 def weights_of(cfg: RunConfig, shape: Shape) -> Source:

@@ -132,6 +132,11 @@ class Weight4bit(nn.Module, Compact):
             segment.write(segment.piece.of(whole))
         return whole
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes here, without the buffer's."""
+        return sum(held.nbytes for held in self.buffers())
+
     def values(self, piece: Piece) -> Tensor:
         """`[F', C]` of one of its tensors, in memory of its own."""
         segment = self._segment(piece)

@@ -178,7 +178,11 @@ class Placed:
 class InPieces(Protocol):
     """A frozen weight that is no parameter: model.nf4's, in 4 bits."""
 
+    shape: torch.Size
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int: ...
 
     def values(self, piece: Piece) -> Tensor: ...
 
