@@ -31,7 +31,7 @@ from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.step import Chunks, collect
 from megamod.weights import fingerprint, peft
-from megamod.weights.load import Safetensors, Source, load
+from megamod.weights.load import Source, load, weights_at
 from megamod.weights.table import Placed
 
 WAVE = 16  # packed rows of each data-parallel rank and stage between two parts of what is stored
@@ -172,7 +172,7 @@ def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[lis
     def filled() -> list[Placed]:
         if path is not None and read_shape(path) != shape:
             raise MegamodError(f"reference.path = {path}: its config.json describes another model than the one that is trained")
-        return load(chunks, shape, grid, source if path is None else Safetensors(path), where=path or cfg.model.path)
+        return load(chunks, shape, grid, source if path is None else weights_at(path, shape, cfg.seed), where=path or cfg.model.path)
 
     items = together(filled)
     assert items is not None
