@@ -31,6 +31,7 @@ from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.step import Chunks, collect
 from megamod.weights import fingerprint, peft
+from megamod.weights.bitsandbytes import quantised
 from megamod.weights.load import Source, load, weights_at
 from megamod.weights.table import Held, Placed
 
@@ -172,7 +173,10 @@ def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[lis
     def filled() -> list[Held]:
         if path is not None and replace(read_shape(path), quantization=None) != replace(shape, quantization=None):
             raise MegamodError(f"reference.path = {path}: its config.json describes another model than the one that is trained")
-        return load(chunks, shape, grid, source if path is None else weights_at(path, shape, 0), where=path or cfg.model.path)
+        if path is None:
+            return load(chunks, shape, grid, source, where=cfg.model.path)
+        theirs = quantised(weights_at(path, shape, cfg.seed), shape.quantization, "reference.path")
+        return load(chunks, shape, grid, theirs, where=path)
 
     items = together(filled)
     assert items is not None

@@ -37,6 +37,7 @@ from megamod.parallel.collectives import gathered, on_first, together
 from megamod.reference import Reference, adapter_beside, model_at_start
 from megamod.step import train_step
 from megamod.weights import fingerprint, peft
+from megamod.weights.bitsandbytes import quantised, quantization_at
 from megamod.weights.export import check as check_export
 from megamod.weights.export import export, refuse_taken
 from megamod.weights.load import Random, Source, load, weights_at
@@ -108,6 +109,7 @@ def _train(cfg: RunConfig) -> Path:
         together(partial(_check_base, newest, plan, known))
         if compared is not None and not isinstance(compared, Plan):
             together(partial(peft.check_fingerprint, compared, known, "the reference"))
+        about |= {"quantization": config.as_json(shape.quantization)}
         about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
         adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"], compared)
         items = adapters.items
@@ -322,12 +324,16 @@ def model_shape(cfg: RunConfig) -> Shape:
     shape = read_shape(cfg.model.path if cfg.model.shape is None else cfg.model.shape)
     if cfg.model.shape is not None and (Path(cfg.model.path) / "config.json").exists() and read_shape(cfg.model.path) != shape:
         raise MegamodError(f"model.shape = {cfg.model.shape} describes another model than {cfg.model.path}/config.json: remove model.shape")
-    return shape.scored(cfg.model.score).quantized(cfg.model.quantization)
+    shape = shape.scored(cfg.model.score).quantized(quantization_at(cfg.model.path)).quantized(cfg.model.quantization)
+    if shape.quantization is not None and cfg.lora is None:
+        raise MegamodError(f"model.path = {cfg.model.path} is in 4 bits, which are frozen, and nothing would be trained: set lora.r")
+    return shape
 
 
 def weights_of(cfg: RunConfig, shape: Shape) -> Source:
     """Where the run's first weights come from."""
-    return Random(shape, cfg.seed) if cfg.model.init == "random" else weights_at(cfg.model.path, shape, cfg.seed)
+    source = Random(shape, cfg.seed) if cfg.model.init == "random" else weights_at(cfg.model.path, shape, cfg.seed)
+    return quantised(source, shape.quantization, "model.quantization")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -258,7 +258,7 @@ def test_peft_computes_what_was_exported(tmp_path: Path, case: str) -> None:
         assert torch.equal(stored.pop("base_model.model.lm_head.weight"), tensors["base_model.model.model.embed_tokens.weight"])
     assert differences(stored, tensors) == []
     found = peft.Peft(tmp_path / "out")
-    assert (found.base, found.dtype) == ("0123", torch.float64)
+    assert (found.base, found.factor_dtype) == ("0123", torch.float64)
     peft.check(found, found.config, tiny.shape(name), "here")
     assert peft.base_of(tmp_path / "out") == "models/base"
     assert {f.name for f in tmp_path.rglob("*")} == {"out", peft.CONFIG, peft.TENSORS, "run.json"}

@@ -72,7 +72,7 @@ def described(adapter: peft.Adapter, shape: Shape) -> str:
     leaves = ", ".join(sorted({slot.module.rpartition(".")[2] for slot in slots}))
     copies = "".join(f" · {origin} whole" for origin in peft.saved(cfg, shape).values())
     numbers = sum(math.prod(size) for size in adapter.shapes().values())
-    dtype = peft.dtype_name(adapter.dtype)
+    dtype = peft.dtype_name(adapter.factor_dtype)
     return f"{kind} · rank {ranks} · scale {scales} · {len(slots)} linears: {leaves}{copies} · {numbers:,} parameters, {dtype}"
 
 

@@ -24,7 +24,7 @@ from megamod.model import backends
 from megamod.model.attention import PackedRow, self_attention_spec
 from megamod.model.head import Head, ScoreHead, Scores
 from megamod.model.lora import LINEARS, Saved
-from megamod.model.nf4 import FourBits
+from megamod.model.nf4 import Linears
 from megamod.model.norm import RMSNorm
 from megamod.model.shape import Shape
 from megamod.parallel.collectives import sum_marked
@@ -151,12 +151,10 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
     config = transformer_config(cfg, shape, grid, deterministic)
     attention_name, attend = backends.attention(cfg.attention, grid.device, DTYPES[cfg.dtype], deterministic)
     column, row = backends.linears(cfg.linear, grid.device)
-    in_4_bits = FourBits(shape, grid, DTYPES[cfg.dtype])
+    linears = Linears(shape, grid, DTYPES[cfg.dtype])
 
     def layer(number: int) -> ModuleSpec:
-        qkv, proj, fc1, fc2 = (
-            in_4_bits.linear(number, place, kind) for place, kind in zip(LINEARS, (column, row, column, row), strict=True)
-        )
+        qkv, proj, fc1, fc2 = (linears.linear(number, place, kind) for place, kind in zip(LINEARS, (column, row, column, row), strict=True))
         return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(

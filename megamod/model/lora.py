@@ -389,6 +389,9 @@ class Fresh:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset`."""
         if ".lora_B." in name:

@@ -8,29 +8,24 @@ in the backward pass, and what autograd remembers of it are the codes.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
+from megamod.errors import MegamodError
 from megamod.model.lora import LoraLinear
 from megamod.model.shape import Shape
 from megamod.parallel.grid import Grid
+from megamod.weights.bitsandbytes import BitsAndBytes, four_bits
 from megamod.weights.load import Source
 from megamod.weights.quantization import Quantization
 from megamod.weights.table import Piece, pieces, table
 from megamod_kernels import nf4
 from megamod_kernels.lora import Compact
 from megamod_kernels.nf4 import Absmax, Lines, Shard
-
-
-@runtime_checkable
-class In4Bits(Protocol):
-    """A Source that has its tensors in 4 bits: what megamod.weights.bitsandbytes reads."""
-
-    def shard(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Shard: ...
 
 
 class Buffer:
@@ -148,16 +143,23 @@ class Weight4bit(nn.Module, Compact):
     def fill(self, piece: Piece, source: Source, grid: Grid) -> None:
         """One of its tensors from `source`; the tp ranks call it alike.
 
-        Where the source has it in 4 bits, its bytes are taken over. Else each rank reads its own share, and the largest numbers of the
-        blocks, which may lie on several ranks, are found together; a rank that cannot read raises after that.
+        Where a directory has it in 4 bits, its bytes are taken over. Else each rank reads its own share, and the largest numbers of the
+        blocks, which may lie on several ranks, are found together.
+
+        Raises:
+            Exception: whatever the source raises, after this rank has taken its part in what the ranks do together.
         """
         segment, box = self._segment(piece), (piece.hf, piece.offset, piece.size)
+        held = four_bits(source)
         if segment.dense is not None:
             segment.dense.copy_(source.read(*box))
-        elif isinstance(source, In4Bits):
-            segment.keep(source.shard(*box))
-        else:
-            segment.keep(_quantized(segment, partial(source.read, *box), grid))
+        elif isinstance(held, BitsAndBytes):
+            shard = held.shard(*box)
+            assert shard is not None, "the shape's quantization is the directory's"
+            segment.keep(shard)
+        else:  # what is to be quantised is read as it is
+            plain = held.source if held is not None else source
+            segment.keep(_quantized(segment, partial(plain.read, *box), grid))
 
     def _segment(self, piece: Piece) -> Segment:
         return next(segment for segment in self.segments if isinstance(segment, Segment) and segment.piece == piece)
@@ -170,6 +172,8 @@ def _quantized(segment: Segment, read: Callable[[], Tensor], grid: Grid) -> Shar
     absmax, fault = torch.zeros(-(-lines.total // q.blocksize), dtype=torch.float32, device=device), None
     try:
         x = read().to(device)
+        if not bool(x.isfinite().all()):
+            raise MegamodError(f"{segment.piece.hf}: holds NaN or an infinite number, and cannot be in 4 bits")
         absmax = nf4.block_absmax(x, lines, q.blocksize)
     except Exception as error:  # the others wait for this rank's numbers all the same
         fault = error
@@ -205,7 +209,7 @@ class Linear4bit(LoraLinear):
         super().__init__(weight, own, skip_bias_add, cut, name, grid)
 
 
-class FourBits:
+class Linears:
     """Who multiplies in each place of a model: Linear4bit where the shape says so. All its weights share one buffer."""
 
     def __init__(self, shape: Shape, grid: Grid, dtype: torch.dtype) -> None:

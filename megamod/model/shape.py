@@ -221,7 +221,6 @@ ONLY = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "pretraining_tp": 1,
-    "quantization_config": None,
     "logit_scale": None,
     "final_logit_softcapping": None,
 }
@@ -280,6 +279,7 @@ def shape_of(config: Json) -> Shape:
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ConfigJsonError(f"{key} = {config[key]!r} is not supported: only {value!r}")
+    in_four_bits(config)  # what it refuses is refused now
 
     def flag(rule: bool | str) -> bool:
         return _get(config, rule, bool, False) if isinstance(rule, str) else rule
@@ -312,6 +312,28 @@ def shape_of(config: Json) -> Shape:
         sliding_window=_get(config, "sliding_window", int, None) if windowed else None,
     )
     return decoder.scored(_score_of(config))
+
+
+def in_four_bits(config: Json) -> bool:
+    """Whether the weights beside `config` are in 4 bits, as bitsandbytes stores them; `weights.bitsandbytes` reads these.
+
+    Raises:
+        ConfigJsonError: they are quantised in another way.
+    """
+    said = config.get("quantization_config")
+    if said is None:
+        return False
+    if not isinstance(said, Mapping):
+        raise ConfigJsonError(f"quantization_config = {said!r}: an object was expected")
+    loads = {bits: said.get(f"load_in_{bits}bit") is True for bits in (4, 8)}
+    method = said.get("quant_method", "bitsandbytes" if any(loads.values()) else None)  # the first versions did not say
+    if method != "bitsandbytes":
+        raise ConfigJsonError(f"quant_method = {method!r} is not supported: only 'bitsandbytes' in 4 bits, or plain weights")
+    if loads != {4: True, 8: False}:
+        raise ConfigJsonError("bitsandbytes in 8 bits is not supported: only 4 bits (load_in_4bit true, load_in_8bit false)")
+    if (storage := said.get("bnb_4bit_quant_storage", "uint8")) != "uint8":
+        raise ConfigJsonError(f"bnb_4bit_quant_storage = {storage!r} is not supported: only 'uint8'")
+    return True
 
 
 def _score_of(config: Json) -> Score | None:

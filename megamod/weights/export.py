@@ -186,12 +186,12 @@ def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch
 
 
 def begin(draft: Path, source: Path, tokenizer: Path, dtype: torch.dtype, texts: Mapping[str, str], score: Score | None = None) -> None:
-    """All of a Hugging Face directory but its weights. Arguments and errors as in `export`.
+    """All of a Hugging Face directory but its weights, which are plain whatever `source` has. Arguments and errors as in `export`.
 
     Args:
         score: the model's head; None: the one that `source` has.
     """
-    config = read_config(source)
+    config = {key: value for key, value in read_config(source).items() if key != "quantization_config"}
     if score is not None:
         config = with_score(config, score, padding(tokenizer, config))
     write_json(draft / "config.json", both_spellings(config, str(dtype).removeprefix("torch.")))

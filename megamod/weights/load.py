@@ -22,12 +22,15 @@ from megamod.weights.table import Held, Piece, frozen, hf_shapes, placed, zero_p
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Buffers that old exports carry and no computation reads.
 IGNORED = ("rotary_emb.inv_freq",)
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
 
 
 class Source(Protocol):
     """Tensors by Hugging Face's names, readable in part."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor: ...
 
@@ -85,6 +88,12 @@ class Safetensors:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self._shards[self._where[name]].get_slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise MegamodError(f"{self.directory}: {name} is of {kind}: one of {', '.join(DTYPES)} was expected")
+        return DTYPES[kind]
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         view = self._shards[self._where[name]].get_slice(name)
         return view[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
@@ -99,6 +108,9 @@ class Tensors:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         return self.tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
 
@@ -111,6 +123,9 @@ class Random:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         if len(self._shapes[name]) == 1:
@@ -135,7 +150,7 @@ class Scored:
     """
 
     def __init__(self, source: Source, shape: Shape, seed: int) -> None:
-        self._source, self._drawn = source, Random(shape, seed)
+        self.source, self._drawn = source, Random(shape, seed)
         own = source.shapes()
         scores = {name: size for name, size in self._drawn.shapes().items() if name.startswith("score.")}
         for name, size in scores.items():
@@ -146,17 +161,25 @@ class Scored:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._holder(name).dtype(name)
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        return (self._source if name in self._source.shapes() else self._drawn).read(name, offset, size)
+        return self._holder(name).read(name, offset, size)
+
+    def _holder(self, name: str) -> Source:
+        return self.source if name in self.source.shapes() else self._drawn
 
 
 def weights_at(path: str | Path, shape: Shape, seed: int) -> Source:
     """The checkpoint at `path` for a model of `shape`: with a new head of scores, if `shape` has one and config.json does not.
 
     Raises:
-        MegamodError: see `Safetensors`, `Scored` and `read_shape`.
+        MegamodError: see `Safetensors`, `BitsAndBytes`, `Scored` and `read_shape`.
     """
-    source = Safetensors(path)
+    from megamod.weights.bitsandbytes import BitsAndBytes, says_four_bits  # not above: it stands on this module
+
+    source: Source = BitsAndBytes(path) if says_four_bits(path) else Safetensors(path)
     return source if shape.score is None or read_shape(path).score is not None else Scored(source, shape, seed)
 
 
@@ -184,6 +207,9 @@ class _Unreadable:
         self._fault = fault
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        raise self._fault
+
+    def dtype(self, name: str) -> torch.dtype:
         raise self._fault
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
