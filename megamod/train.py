@@ -28,6 +28,7 @@ from megamod.errors import MegamodError, during
 from megamod.evaluate.validation import Validation, labelled_rows
 from megamod.log import Log, add_to_record, record_run
 from megamod.losses import needs_of
+from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Plan
 from megamod.model.shape import Shape, read_shape
@@ -94,12 +95,13 @@ def _train(cfg: RunConfig) -> Path:
     validation = together(lambda: _validation(cfg, shape, directory, first))
     texts = together(lambda: chat.companions(d.chat))  # as they are now: the export is of what was trained
 
-    chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     if cfg.checkpoint.export and first < cfg.steps:
         _check_exports(shape, cfg, exports, first)
     source = weights_of(cfg, shape)
     compared = together(lambda: adapter_beside(cfg, shape, plan))
-    base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))
+    with Peak(grid.device) as peak:
+        chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
+        base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))
     assert base is not None
     items: Sequence[Placed] = [item for item in base if isinstance(item, Placed)]
     adapters, about = None, dict(identity)
@@ -132,6 +134,7 @@ def _train(cfg: RunConfig) -> Path:
         record_run(cfg, directory, facts | {"adapters": {name: path for part in paths for name, path in part.items()}})
     chosen = " · ".join(f"{question} {answer}" for question, answer in backends.items())
     log.say(f"{shape.family} {shape.parameters() / 1e9:.3f}B · {grid} · {grid.device.type} · {chosen}")
+    log.say(f"loaded: private memory from {peak.before:,.0f} to at most {peak.value:,.0f} MiB")
     if adapters is not None:
         log.say(str(adapters))
     for store in stores:

@@ -190,7 +190,7 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
                     vp_stage=stage if grid.vpp > 1 else None,
                 )
             )
-    return chunks, {"attention": attention_name, "linear": cfg.linear}
+    return chunks, {"attention": attention_name, "linear": cfg.linear if shape.quantization is None else str(shape.quantization)}
 
 
 def data_parallel(chunks: Sequence[Decoder], grid: Grid, *, overlap: bool = False) -> list[DistributedDataParallel]:
