@@ -17,10 +17,15 @@ a cut falls, so that ŵ is the same whoever holds it. Two codes share a byte, th
 Shapes: N numbers in the tensor, n = lines × width in a shard, B numbers a block, M blocks that a line of the shard can touch.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +34,11 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # absmax values that share one of their own
 PLACES = 1 << 16  # to which bitsandbytes rounds a number before it looks up the nearest dynamic one
 SMALLEST = 1e-38  # a block of zeros is divided by it
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that can be quantised
+PIECE = 1 << 18  # numbers that a core takes at a time: what it makes of them stays in its cache
+STEPS = 32767  # on the CPU codes are looked up by x / a in 16 bits; 0 … ± 1 in so many
+UNSURE = 16  # beside a code: both sides of a midpoint have these 16 bits
+USUAL = 2.0**-100, 2.0**100  # absmax for which x · (STEPS / a) is off by less than a hundredth
 
 # fmt: off
 CODES: dict[QuantType, tuple[float, ...]] = {
@@ -99,8 +109,8 @@ class Shard:
     quant_type: QuantType
 
     def to(self, device: torch.device) -> "Shard":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        nested, offset = (None if x is None else x.to(device) for x in (self.nested, self.offset))
+        return replace(self, data=self.data.to(device), absmax=self.absmax.to(device), nested=nested, offset=offset)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
+@cache
 def bounds(quant_type: QuantType) -> tuple[Tensor, Tensor]:
     """`[15]` fp32 midpoints between the codes in their order, and `[16]` which code each place in that order is."""
     code = torch.tensor(CODES[quant_type], dtype=torch.float32)
@@ -153,23 +164,21 @@ def block_absmax_ref(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
 
 def quantize_ref(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
     """`[⌈n/2⌉]` uint8: the codes of a shard's numbers x, given the tensor's absmax `[⌈N/B⌉]`."""
-    limits, order = (t.to(x.device) for t in bounds(quant_type))
     block = lines.places(x.device).flatten() // blocksize
     flat = x.flatten().float()
     least = absmax.clamp(min=SMALLEST)
     scaled = flat * (1.0 / least)[block]
     if lines.total % blocksize:
         scaled = torch.where(block == lines.total // blocksize, flat / least[-1], scaled)
-    scaled = torch.nn.functional.pad(scaled.clamp(-1, 1), (0, len(scaled) % 2))  # bitsandbytes fills up the last byte with a zero's code
+    return _packed(scaled, quant_type)
+
+
+def _packed(scaled: Tensor, quant_type: QuantType) -> Tensor:
+    """`[⌈n/2⌉]` uint8: the codes that are nearest to x / a, of NaN the last; two a byte, the last byte filled up with a zero's."""
+    limits, order = (t.to(scaled.device) for t in bounds(quant_type))
+    scaled = torch.nn.functional.pad(scaled.clamp(-1, 1), (0, len(scaled) % 2))
     codes = order[torch.bucketize(scaled, limits)].to(torch.uint8)
     return codes[::2] << 4 | codes[1::2]
-
-
-def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
-    """The tensor's absmax as bitsandbytes keeps it, of the maximum over all shards: of a last block that is not full at least SMALLEST."""
-    if lines.total % blocksize:
-        absmax[-1:].clamp_(min=SMALLEST)
-    return absmax
 
 
 @cache
@@ -178,22 +187,6 @@ def _nearest_dynamic() -> Tensor:
     code = dynamic_map()
     places = -1 + 2 * torch.arange(PLACES, dtype=torch.float32) / (PLACES - 1)
     return torch.bucketize(places, (code[1:] + code[:-1]) * 0.5).to(torch.uint8)
-
-
-def compress(absmax: Tensor) -> Absmax:
-    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits. On the CPU, in one thread, where the mean's sum has always the same order."""
-    values = absmax.cpu()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        offset = values.mean()
-    finally:
-        torch.set_num_threads(threads)
-    centred = torch.nn.functional.pad(values - offset, (0, -len(values) % NESTED)).view(-1, NESTED)
-    nested = centred.abs().amax(1)
-    normed = (centred * (1.0 / nested)[:, None]).clamp(-1, 1)
-    place = ((normed + 1) * 0.5 * (PLACES - 1) + 0.5).nan_to_num(0).long()  # of a nested block of zeros: code 0
-    return Absmax(_nearest_dynamic()[place].flatten()[: len(values)], nested, offset)
 
 
 def absmax_ref(shard: Shard) -> Tensor:
@@ -217,19 +210,379 @@ def dequantize_ref(shard: Shard, out: Tensor) -> Tensor:
     return out.copy_(values.view(out.shape))
 
 
+# ---- on the CPU: the references' results, by pieces that stay in a core's cache
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For this thread, and for those that it starts meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Piece(NamedTuple):
+    """Lines first … last - 1 of a shard, and of each the numbers left … right - 1."""
+
+    first: int
+    last: int
+    left: int
+    right: int
+
+
+def _pieces(count: int, width: int, skew: int = 0) -> list[_Piece]:
+    """`[count, width]` in rectangles of about PIECE that begin at even places of the flat order.
+
+    Where lines are cut it is `skew` before a multiple of PIECE.
+    """
+    if width > PIECE and (count == 1 or width % 2 == 0):
+        cuts = [0, *range(PIECE - skew, width, PIECE), width]
+        return [_Piece(line, line + 1, left, right) for line in range(count) for left, right in pairwise(cuts)]
+    step = max(1, PIECE // max(1, width))
+    step += step % 2 * (width % 2)
+    return [_Piece(line, min(line + step, count), 0, width) for line in range(0, count, step)]
+
+
+def _work_on(pieces: Sequence[_Piece], work: Callable[[Iterator[_Piece]], None]) -> None:
+    """Threads take pieces as they come; torch's operations use one each."""
+
+    def take(queue: Iterator[_Piece]) -> None:
+        with torch.inference_mode():  # the caller's modes are not a thread's; this one may write to all tensors
+            work(queue)
+
+    queue, threads = iter(pieces), min(torch.get_num_threads(), len(pieces))
+    if threads <= 1:
+        take(queue)
+        return
+    with _one_thread(), ThreadPoolExecutor(threads) as pool:
+        list(pool.map(take, [queue] * threads))
+
+
+def _size(pieces: Sequence[_Piece]) -> int:
+    """Numbers in the largest piece, up to whole words of 8 bytes of codes."""
+    largest = max((p.last - p.first) * (p.right - p.left) for p in pieces)
+    return -(-largest // 16) * 16
+
+
+def _regular(lines: Lines, blocksize: int) -> bool:
+    """Whether all lines begin at the same place in a block, and are one after the other."""
+    return lines.count == 1 or (lines.stride % blocksize == 0 and lines.width <= lines.stride)
+
+
+def _by_blocks(numbers: Tensor, values: Tensor, phase: int, blocksize: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers `[lines, width]`, which begin at `phase` of a block, beside values `[lines, M]` of their blocks, as shapes that broadcast.
+
+    What lies in a first block that is cut, in whole blocks, in a last one that is cut.
+    """
+    width = numbers.shape[1]
+    head = min(-phase % blocksize, width)
+    whole = (width - head) // blocksize
+    rest = head + whole * blocksize
+    if head:
+        yield numbers[:, :head], values[:, :1]
+    if whole:
+        at = 1 if head else 0
+        yield numbers[:, head:rest].unflatten(1, (whole, blocksize)), values[:, at : at + whole, None]
+    if rest < width:
+        yield numbers[:, rest:], values[:, -1:]
+
+
+def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
+    """block_absmax_ref. Numbers without their sign have the order of their bits, NaN the last."""
+    found = torch.zeros(-(-lines.total // blocksize))
+    rows = x.detach().reshape(lines.count, lines.width)
+    if not _regular(lines, blocksize):
+        for top, bottom, left, right in _pieces(lines.count, lines.width):
+            block = (lines.start + torch.arange(top, bottom)[:, None] * lines.stride + torch.arange(left, right)) // blocksize
+            found.scatter_reduce_(0, block.flatten(), rows[top:bottom, left:right].flatten().float().abs(), "amax")
+        return found
+    bits, mask = (torch.int32, 0x7FFF_FFFF) if x.itemsize == 4 else (torch.int16, 0x7FFF)
+    first, phase = divmod(lines.start, blocksize)
+    pieces = _pieces(lines.count, lines.width, phase)  # no block is in two pieces of a line
+    most = torch.empty(lines.count, -(-(phase + lines.width) // blocksize), dtype=bits)
+
+    def work(queue: Iterator[_Piece]) -> None:
+        memory = torch.empty(_size(pieces), dtype=bits)
+        for top, bottom, left, right in queue:
+            numbers = memory[: (bottom - top) * (right - left)].view(bottom - top, -1)
+            torch.bitwise_and(rows[top:bottom, left:right].view(bits), mask, out=numbers)
+            start, end = phase + left, phase + right
+            values = most[top:bottom, start // blocksize : -(-end // blocksize)]
+            for some, of_block in _by_blocks(numbers, values, start % blocksize, blocksize):
+                torch.amax(some, -1, keepdim=True, out=of_block)
+
+    _work_on(pieces, work)
+    values, stride = most.view(x.dtype).float(), lines.stride // blocksize
+    for turn in range(min(2, lines.count)):  # a line and the next may share a block, a line and the one after that do not
+        some = values[turn::2]
+        here = found.as_strided(tuple(some.shape), (2 * stride, 1), first + turn * stride)
+        torch.maximum(here, some, out=here)
+    return found
+
+
+LOW_HALF, SIXTEEN = np.uint32(0xFFFF), np.uint32(16)
+HIGH_NIBBLES, UNSURE_WORD, FOUR = np.uint64(0xF0F0_F0F0_F0F0_F0F0), np.uint64(0x0101_0101_0101_0101 * UNSURE), np.uint64(4)
+
+
+@cache
+def _place_codes(quant_type: QuantType) -> Tensor:
+    """`[65536]` uint8: of each x / a · STEPS, cut to an integer of 16 bits, the code, or UNSURE where a midpoint is too near."""
+    limits, order = bounds(quant_type)
+    place = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).double()
+    near = 1 / 64  # more than the product's error
+    low = (place - (place <= 0) * 1.0 - near) / STEPS
+    high = (place + (place >= 0) * 1.0 + near) / STEPS
+    below, above = (torch.bucketize(end, limits.double()) for end in (low, high))
+    return torch.where(below == above, order[below], UNSURE).to(torch.uint8)
+
+
+def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
+    """quantize_ref. Codes are looked up by x / a in 16 bits; the few that a midpoint is near are made as the reference makes them."""
+    rows, absmax = x.detach().reshape(lines.count, lines.width), absmax.detach()
+    out = torch.empty(-(-lines.numel // 2), dtype=torch.uint8)
+    begin = lines.start % blocksize
+    pieces = _pieces(lines.count, lines.width, begin - begin % 2)
+    regular, table = _regular(lines, blocksize), _place_codes(quant_type)
+
+    def exact(place: Tensor) -> None:
+        """Make these bytes of `out`, whatever they are of."""
+        number = torch.stack((place * 2, place * 2 + 1), 1).flatten()
+        inside = number < lines.numel
+        line = number.clamp_(max=lines.numel - 1) // lines.width
+        column = number - line * lines.width
+        block = (lines.start + line * lines.stride + column) // blocksize
+        value, most = rows[line, column].float(), absmax[block].clamp_(min=SMALLEST)
+        scaled = value * (1.0 / most)
+        if lines.total % blocksize:
+            scaled = torch.where(block == lines.total // blocksize, value / most, scaled)
+        out[place] = _packed(torch.where(inside, scaled, 0), quant_type)
+
+    def mend(unsure: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Of words of 8 bytes, by the place of the first: those bytes that are marked in them."""
+        first, marks = map(np.concatenate, zip(*unsure, strict=True))
+        word, byte = np.nonzero(marks.view(np.uint8).reshape(-1, 8))
+        exact(torch.from_numpy(first[word] + byte))
+
+    def work(queue: Iterator[_Piece]) -> None:
+        size = _size(pieces)
+        numbers, places = torch.empty(size), torch.zeros(size, dtype=torch.int16)
+        index, codes = torch.empty(size // 2, dtype=torch.int32), torch.zeros(2, size // 2, dtype=torch.uint8)
+        pairs, halves = places.numpy().view(np.uint32), index.numpy().view(np.uint32)
+        unsure: list[tuple[np.ndarray, np.ndarray]] = []
+        waiting = 0
+        for top, bottom, left, right in queue:
+            count, width = bottom - top, right - left
+            first, phase = divmod(lines.start + top * lines.stride + left, blocksize)
+            touched = -(-(phase + width) // blocksize)
+            most = absmax.as_strided((count, touched), (lines.stride // blocksize, 1), first) if regular else None
+            n, m, at = count * width, -(-count * width // 2), (top * lines.width + left) // 2
+            if most is None or not _usual(most):
+                exact(torch.arange(at, at + m))
+                continue
+            some = numbers[:n].view(count, width).copy_(rows[top:bottom, left:right])
+            scale = STEPS / most.clamp(min=USUAL[0])
+            for many, of_block in _by_blocks(some, scale, phase, blocksize):
+                many.mul_(of_block)
+            places[:n].copy_(numbers[:n])
+            if n % 2:
+                places[n] = 0
+            # Two places are one word, the first its low half.
+            np.bitwise_and(pairs[:m], LOW_HALF, out=halves[:m])
+            torch.index_select(table, 0, index[:m], out=codes[0, :m])
+            np.right_shift(pairs[:m], SIXTEEN, out=halves[:m])
+            torch.index_select(table, 0, index[:m], out=codes[1, :m])
+            if m % 8:
+                codes[:, m : m + -m % 8] = 0
+            high, low = codes.numpy()[:, : m + -m % 8].view(np.uint64)
+            marks = (high | low) & UNSURE_WORD
+            np.bitwise_and(high << FOUR, HIGH_NIBBLES, out=high)
+            np.bitwise_or(high, low, out=high)
+            out[at : at + m] = codes[0, :m]
+            found = np.flatnonzero(marks != 0)  # a comparison and a search among bools are faster than one among words
+            if len(found):
+                unsure.append((found * 8 + at, marks[found]))
+                waiting += len(found)
+                if waiting > PIECE // 16:  # few are in a piece: they wait for others, but no more than this
+                    mend(unsure)
+                    unsure, waiting = [], 0
+        if unsure:
+            mend(unsure)
+
+    _work_on(pieces, work)
+    if lines.total % blocksize:  # of the last block numbers are divided by absmax
+        inside = lines.start + (lines.count - 1) * lines.stride + lines.width - lines.total // blocksize * blocksize
+        if inside > 0:
+            exact(torch.arange((lines.numel - min(inside, lines.width)) // 2, len(out)))
+    return out
+
+
+def _usual(most: Tensor) -> bool:
+    """Whether STEPS / a is as exact as it must be for blocks with these absmax, or they are zeros."""
+    low = most < USUAL[0]
+    return bool(most.amax() <= USUAL[1]) and not bool(low.any() and most[low].any())
+
+
+@cache
+def _pairs(quant_type: QuantType) -> Tensor:
+    """`[256]` int64: the two fp32 numbers of a byte's codes, as one."""
+    code = torch.tensor(CODES[quant_type], dtype=torch.float32)
+    byte = torch.arange(256)
+    return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).flatten()
+
+
+def _absmax(shard: Shard) -> Tensor:
+    """absmax_ref."""
+    if shard.nested is None or shard.offset is None:
+        return shard.absmax
+    codes, nested, offset = shard.absmax, shard.nested, shard.offset
+    first, dynamic = shard.lines.blocks(shard.blocksize)[:, None], dynamic_map()
+    out = torch.empty(codes.shape)
+
+    def work(queue: Iterator[_Piece]) -> None:
+        for top, bottom, left, right in queue:
+            group = (first[top:bottom] + torch.arange(left, right)).div_(NESTED, rounding_mode="floor").clamp_(max=len(nested) - 1)
+            values = torch.index_select(dynamic, 0, codes[top:bottom, left:right].flatten().int())
+            values.mul_(torch.index_select(nested, 0, group.flatten())).add_(offset)
+            out[top:bottom, left:right] = values.view(group.shape)
+
+    _work_on(_pieces(*codes.shape), work)
+    return out
+
+
+def _dequantize(shard: Shard, out: Tensor) -> Tensor:
+    """dequantize_ref. Both numbers of a byte are looked up at once."""
+    lines, blocksize = shard.lines, shard.blocksize
+    rows = out.detach().view(lines.count, lines.width)
+    phase = lines.start % blocksize
+    pieces = _pieces(lines.count, lines.width, phase - phase % 2)
+    if not _regular(lines, blocksize):
+        for top, bottom, _, _ in pieces:
+            part = replace(lines, count=bottom - top, start=lines.start + top * lines.stride)
+            data = shard.data[top * lines.width // 2 : -(-bottom * lines.width // 2)]
+            dequantize_ref(replace(shard, data=data, absmax=shard.absmax[top:bottom], lines=part), rows[top:bottom])
+        return out
+    absmax, table = _absmax(shard), _pairs(shard.quant_type)
+
+    def work(queue: Iterator[_Piece]) -> None:
+        size = _size(pieces)
+        numbers, index = torch.empty(size), torch.empty(size // 2, dtype=torch.int32)
+        pairs = numbers.view(torch.int64)
+        for top, bottom, left, right in queue:
+            n = (bottom - top) * (right - left)
+            bytes_, at = -(-n // 2), (top * lines.width + left) // 2
+            index[:bytes_].copy_(shard.data[at : at + bytes_])
+            torch.index_select(table, 0, index[:bytes_], out=pairs[:bytes_])
+            some = numbers[:n].view(bottom - top, right - left)
+            start, end = phase + left, phase + right
+            values = absmax[top:bottom, start // blocksize : -(-end // blocksize)]
+            for many, of_block in _by_blocks(some, values, start % blocksize, blocksize):
+                many.mul_(of_block)
+            rows[top:bottom, left:right].copy_(some)
+
+    _work_on(pieces, work)
+    return out
+
+
 # ---- public functions
 
 
 def block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
-    """block_absmax_ref."""
-    return block_absmax_ref(x, lines, blocksize)
+    """`[⌈N/B⌉]` fp32: of each block of the whole tensor the largest |number| that this shard has of it; 0 where it has none.
+
+    The maximum over all shards is the tensor's.
+
+    Args:
+        x: the shard's numbers, in bf16, fp16 or fp32, of any shape.
+
+    Raises:
+        ValueError: as quantize and dequantize too, a block size, shape, dtype or device that does not fit.
+    """
+    _check(lines, blocksize)
+    _check_numbers(x, lines)
+    if not x.numel():
+        return torch.zeros(-(-lines.total // blocksize), device=x.device)
+    return _block_absmax(x, lines, blocksize)
+
+
+def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
+    """The tensor's absmax as bitsandbytes keeps it, of the maximum over all shards: of a last block that is not full at least SMALLEST."""
+    if lines.total % blocksize:
+        absmax[-1:].clamp_(min=SMALLEST)
+    return absmax
+
+
+def compress(absmax: Tensor) -> Absmax:
+    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits. On the CPU, where a single thread sums up in the same order on every machine."""
+    values = absmax.cpu()
+    with _one_thread():
+        offset = values.mean()
+    codes, nested = torch.empty(len(values), dtype=torch.uint8), torch.empty(-(-len(values) // NESTED))
+
+    def work(queue: Iterator[_Piece]) -> None:
+        for _, _, left, right in queue:
+            centred = torch.nn.functional.pad(values[left:right] - offset, (0, (left - right) % NESTED)).view(-1, NESTED)
+            largest = centred.abs().amax(1)
+            place = centred.mul_((1.0 / largest)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5).mul_(PLACES - 1).add_(0.5)
+            place = place.nan_to_num_(0).int().flatten()[: right - left]  # of a nested block of zeros: code 0
+            torch.index_select(_nearest_dynamic(), 0, place, out=codes[left:right])
+            nested[left // NESTED : -(-right // NESTED)] = largest
+
+    if len(values):
+        _work_on(_pieces(1, len(values)), work)
+    return Absmax(codes, nested, offset)
 
 
 def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
-    """quantize_ref."""
-    return quantize_ref(x, absmax, lines, blocksize, quant_type)
+    """`[⌈n/2⌉]` uint8: the codes of a shard's numbers.
+
+    Args:
+        x: the shard's numbers, in bf16, fp16 or fp32, of any shape.
+        absmax: `[⌈N/B⌉]` fp32, the whole tensor's: of block_absmax the maximum over all shards.
+    """
+    _check(lines, blocksize, quant_type)
+    _check_numbers(x, lines)
+    blocks = -(-lines.total // blocksize)
+    if absmax.dtype != torch.float32 or list(absmax.shape) != [blocks] or absmax.device != x.device:
+        raise ValueError(f"absmax {_said(absmax)}: float32 [{blocks}] on {x.device} was expected")
+    if not x.numel():
+        return torch.empty(0, dtype=torch.uint8, device=x.device)
+    return _quantize(x, absmax.contiguous(), lines, blocksize, quant_type)
 
 
 def dequantize(shard: Shard, out: Tensor) -> Tensor:
-    """dequantize_ref."""
-    return dequantize_ref(shard, out)
+    """ŵ into `out`, which is returned: contiguous, of as many numbers, on the shard's device, of any floating dtype.
+
+    Each number is rounded once, from fp32.
+    """
+    lines, data = shard.lines, shard.data
+    _check(lines, shard.blocksize, shard.quant_type)
+    if data.dtype != torch.uint8 or list(data.shape) != [-(-lines.numel // 2)] or not data.is_contiguous():
+        raise ValueError(f"data {_said(data)}: uint8 [{-(-lines.numel // 2)}], contiguous, was expected")
+    double = shard.nested is not None and shard.offset is not None
+    if shard.absmax.dtype != (torch.uint8 if double else torch.float32) or shard.absmax.dim() != 2 or len(shard.absmax) != lines.count:
+        raise ValueError(f"absmax {_said(shard.absmax)}: [{lines.count}, M] of {'uint8' if double else 'float32'} was expected")
+    if out.numel() != lines.numel or not out.is_contiguous() or not out.is_floating_point() or out.device != data.device:
+        raise ValueError(f"out {_said(out)}: {lines.numel} numbers, contiguous, floating, on {data.device} were expected")
+    return _dequantize(shard, out) if out.numel() else out
+
+
+def _said(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}".removeprefix("torch.")
+
+
+def _check(lines: Lines, blocksize: int, quant_type: str = "nf4") -> None:
+    if blocksize not in BLOCK_SIZES:
+        raise ValueError(f"blocks of {blocksize}: one of {', '.join(map(str, BLOCK_SIZES))} was expected")
+    if quant_type not in CODES:
+        raise ValueError(f"quant_type {quant_type!r}: nf4 or fp4 was expected")
+    last = lines.start + max(0, lines.count - 1) * lines.stride + lines.width
+    if min(lines.count, lines.width, lines.start, lines.stride) < 0 or (lines.numel and last > lines.total):
+        raise ValueError(f"{lines} are not all in the tensor")
+
+
+def _check_numbers(x: Tensor, lines: Lines) -> None:
+    if x.dtype not in DTYPES or x.numel() != lines.numel:
+        raise ValueError(f"x {_said(x)}: {lines.numel} numbers in bfloat16, float16 or float32 were expected")
