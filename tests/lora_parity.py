@@ -30,7 +30,7 @@ from megamod.train import train
 from megamod.weights import fingerprint, peft
 from megamod.weights.load import Tensors, load
 from megamod.weights.quantization import Quantization
-from megamod.weights.table import placed
+from megamod.weights.table import frozen, placed
 from megamod_kernels.lora import Dropout, dropout_keep
 
 Weights = dict[str, Tensor]
@@ -310,6 +310,20 @@ def fingerprints(parallel: ParallelConfig, model: str, dtype: str) -> list[str]:
                     last = item.param.view(-1)[-1:]
                     last.copy_(torch.nextafter(last, torch.full_like(last, torch.inf)))
         return [*found, fingerprint.of_model(items, grid, None)]
+
+
+def fingerprints_in_4_bits(parallel: ParallelConfig, model: str, q: Quantization) -> tuple[str, str]:
+    """Of a base in 4 bits: as loaded, and after two steps of an adapter on it."""
+    shape = tiny.shape(model).quantized(q)
+    with started(parallel, shape) as grid:
+        run, _ = prepare(LoraCase(LoraConfig(r=3), Case(model, parallel), q), grid)
+        own = (run.optimizer.chunks, shape, grid.tp.size, grid.tp.rank)
+        items = [*placed(*own), *frozen(*own)]
+        before = fingerprint.of_model(items, grid)
+        for _ in range(2):
+            run.step()
+            run.optimizer.step(1e-2)
+        return before, fingerprint.of_model(items, grid)
 
 
 def cycles(one: LoraCase, count: int, directory: str) -> tuple[bool, bool, Mapping[str, tuple[int, ...]]]:
