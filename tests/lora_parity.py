@@ -29,6 +29,7 @@ from megamod.step import eval_step, train_step
 from megamod.train import train
 from megamod.weights import fingerprint, peft
 from megamod.weights.load import Tensors, load
+from megamod.weights.quantization import Quantization
 from megamod.weights.table import placed
 from megamod_kernels.lora import Dropout, dropout_keep
 
@@ -56,12 +57,41 @@ def initial(cfg: LoraConfig, model: str) -> Weights:
     return weights(replace(cfg, use_dora=False, modules_to_save=()), model, seed=11) if cfg.init_lora_weights == "pissa" else {}
 
 
-def oracle_of(cfg: LoraConfig, model: str, own: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> nn.Module:
+def base_of(model: str, quantization: Quantization | None) -> Weights:
+    """The base's weights: in double; of one that is to be in 4 bits, which are made of at most fp32, in bfloat16."""
+    return tiny.weights(model, torch.float64 if quantization is None else torch.bfloat16)
+
+
+def in_4_bits(hf: nn.Module, quantization: Quantization) -> nn.Module:
+    """`hf` with what bitsandbytes keeps of its linears, made dense again by bitsandbytes, in double.
+
+    Its own Linear4bit computes in fp32 at most. A weight is given to it flat: on a CPU it cuts the blocks of a matrix whose rows are no
+    multiple of them otherwise when it reads than when it writes.
+    """
+    import bitsandbytes.functional as bnb
+
+    for name, module in hf.named_modules():
+        for param in module.parameters(recurse=False):
+            param.data = param.data.bfloat16()
+        if isinstance(module, nn.Linear) and name != "lm_head" and quantization.converts(name):
+            q, shape = quantization, module.weight.shape
+            flat = module.weight.data.flatten()
+            codes, state = bnb.quantize_4bit(
+                flat, blocksize=q.blocksize, quant_type=q.quant_type, compress_statistics=q.use_double_quant
+            )  # fmt: skip
+            state.dtype = torch.float32  # and not rounded to bfloat16
+            module.weight.data = bnb.dequantize_4bit(codes, state).view(shape)
+    return hf.double()
+
+
+def oracle_of(
+    cfg: LoraConfig, model: str, own: Mapping[str, Tensor], first: Mapping[str, Tensor], quantization: Quantization | None = None
+) -> nn.Module:
     """peft's model with the adapter's weights; with PiSSA its base is W - s·B₀A₀."""
     from peft import LoraConfig as Peft
     from peft import get_peft_model
 
-    hf = oracle.model(model)
+    hf = oracle.model(model) if quantization is None else in_4_bits(oracle.model(model), quantization)
     for slot in peft.slots(cfg, tiny.shape(model)).values():
         if first:
             hf.get_submodule(slot.module).weight.data -= slot.scale * first[slot.b] @ first[slot.a]
@@ -134,9 +164,11 @@ def masks(adapted: nn.Module, p: float) -> list[Mask]:
     return found
 
 
-def expected(cfg: LoraConfig, model: str, batches: list[Batch], loss: LossFunction = parity.everything) -> tuple[Tensor, Weights]:
+def expected(
+    cfg: LoraConfig, model: str, batches: list[Batch], loss: LossFunction = parity.everything, quantization: Quantization | None = None
+) -> tuple[Tensor, Weights]:
     """The oracle's loss and gradients, by PEFT's names."""
-    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model))
+    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model), quantization)
     drawn = masks(adapted, cfg.lora_dropout) if cfg.lora_dropout else []
 
     def before(batch: Batch, token: int) -> None:
@@ -147,11 +179,13 @@ def expected(cfg: LoraConfig, model: str, batches: list[Batch], loss: LossFuncti
     return value, {name: param.grad for name, param in trained(adapted).items() if param.grad is not None}
 
 
-def steps(cfg: LoraConfig, model: str, optim: OptimConfig, count: int) -> tuple[list[float], Weights]:
+def steps(
+    cfg: LoraConfig, model: str, optim: OptimConfig, count: int, quantization: Quantization | None = None
+) -> tuple[list[float], Weights]:
     """Norms before clipping, and the weights after `count` steps of torch's AdamW, or of peft's LoRA+."""
     from peft.optimizers import create_loraplus_optimizer
 
-    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model))
+    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model), quantization)
     params = trained(adapted)
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if cfg.loraplus_lr_ratio is not None:
@@ -179,6 +213,12 @@ class LoraCase:
 
     lora: LoraConfig
     case: Case
+    quantization: Quantization | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Of what is expected: the same on every grid."""
+        return self.case.model, repr(self.lora), str(self.quantization)
 
 
 class SeededRun(Run):
@@ -198,10 +238,10 @@ def prepare(
     one: LoraCase, grid: Grid, optim: OptimConfig | None = None, configs: Mapping[str, LoraConfig] | None = None
 ) -> tuple[Run, Adapters]:
     """The case's adapter is trained; `configs` may have frozen ones beside it, each with weights of its own."""
-    case, shape = one.case, tiny.shape(one.case.model)
+    case, shape = one.case, tiny.shape(one.case.model).quantized(one.quantization)
     cfg = ModelConfig(path="", dtype=case.dtype, recompute=case.recompute, recompute_modules=case.recompute_modules)  # type: ignore[arg-type]
     chunks, _ = build(cfg, shape, grid)
-    load(chunks, shape, grid, Tensors(tiny.weights(case.model)))
+    load(chunks, shape, grid, Tensors(base_of(case.model, one.quantization)))
     adapters = Adapters(chunks, shape, grid, configs or {"default": one.lora}, "default")
     for number, (name, own) in enumerate(adapters.configs.items()):
         adapters.fill(name, Tensors(weights(own, case.model, 5 + number)), Tensors(initial(own, case.model)))
@@ -215,7 +255,7 @@ def optimize(cases: list[LoraCase], optim: OptimConfig, expected_file: str) -> l
     known = torch.load(expected_file, weights_only=True)
     results = []
     for one in cases:
-        norms, after = known[one.case.model, repr(one.lora)]
+        norms, after = known[one.key]
         with started(one.case.parallel, tiny.shape(one.case.model)) as grid:
             run, _ = prepare(one, grid, optim)
             off = 0.0
@@ -307,7 +347,7 @@ def compare(cases: list[LoraCase], expected_file: str) -> list[tuple[float, floa
         for one in cases:
             run, _ = prepare(one, grid)
             run.step()
-            value, gradients = known[one.case.model, repr(one.lora)]
+            value, gradients = known[one.key]
             off = abs(float(run.metrics["loss"]) - float(value)) / abs(float(value)) if run.metrics else 0.0
             results.append((off, parity.worst(run, gradients, parity.gradient), parity.owned(run)))
     return results

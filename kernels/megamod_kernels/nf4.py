@@ -181,7 +181,7 @@ def _nearest_dynamic() -> Tensor:
 
 
 def compress(absmax: Tensor) -> Absmax:
-    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits. On the CPU, in one thread: there the order of the mean's sum is always the same."""
+    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits. On the CPU, in one thread, where the mean's sum has always the same order."""
     values = absmax.cpu()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megamod.errors import MegamodError, listed, nearest
+from megamod.weights.quantization import Quantization
 
 Json = Mapping[str, Any]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -108,6 +109,7 @@ class Shape:
     tied: bool = False
     sliding_window: int | None = None
     score: Score | None = None  # in the vocabulary's place; None: the head is the vocabulary
+    quantization: Quantization | None = None  # of the layers' linears, frozen; None: every weight is in the model's dtype
 
     def scored(self, score: Score | None) -> "Shape":
         """This decoder with `score` for its head, which then shares nothing with the embedding; None: as it is.
@@ -127,6 +129,20 @@ class Shape:
                 f"model.score is {score}, and the checkpoint has {own}: leave model.score out, or begin from a model with a vocabulary"
             )
         return replace(self, score=score, tied=False)
+
+    def quantized(self, quantization: Quantization | None) -> "Shape":
+        """This decoder with its linears in 4 bits; None: as it is.
+
+        Raises:
+            MegamodError: a quantization that cannot be, or another one than the checkpoint's own.
+        """
+        if quantization is None:
+            return self
+        if (fault := quantization.fault()) is not None:
+            raise MegamodError(f"model.quantization: {fault}")
+        if self.quantization not in (None, quantization):
+            raise MegamodError(f"model.quantization is {quantization}, and the checkpoint is in {self.quantization}: leave it out")
+        return replace(self, quantization=quantization)
 
     @property
     def outputs(self) -> int:

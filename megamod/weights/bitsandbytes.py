@@ -114,7 +114,7 @@ class FourBits(ABC):
     quantization: Quantization
 
     def __init__(self, source: Source, matrices: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._source, self._matrices, self._shapes = source, matrices, shapes
+        self.source, self._matrices, self._shapes = source, matrices, shapes
         self._last: tuple[str, Stored] | None = None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -127,7 +127,7 @@ class FourBits(ABC):
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset` of a tensor: in fp32 where it is in 4 bits, else as it is stored."""
-        return self.stored(name).values(offset, size) if name in self._matrices else self._source.read(name, offset, size)
+        return self.stored(name).values(offset, size) if name in self._matrices else self.source.read(name, offset, size)
 
     def shard(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Shard | None:
         """The box in 4 bits, see `megamod_kernels.nf4`; None: this tensor is not in 4 bits."""
@@ -202,11 +202,11 @@ class Quantizing(FourBits):
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor before it was quantised."""
-        return self._source.dtype(name)
+        return self.source.dtype(name)
 
     def _made(self, name: str) -> Stored:
         shape, block, kind = self._matrices[name], self.quantization.blocksize, self.quantization.quant_type
-        tensor, whole = self._source.read(name, (0, 0), shape), Lines.of(shape, (0, 0), shape)
+        tensor, whole = self.source.read(name, (0, 0), shape), Lines.of(shape, (0, 0), shape)
         absmax = torch.zeros(-(-whole.total // block))
         for part, lines in _chunks(tensor):
             if not bool(part.isfinite().all()):
