@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import bitsandbytes
+import distributed
 import pytest
 import tiny
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from megamod import checkpoint
-from megamod.config import LoraConfig, as_json
+from megamod.config import LoraConfig, ParallelConfig, as_json
+from megamod.data.bilingual import generate
 from megamod.model.shape import Score, read_shape, shape_of
+from megamod.moderator import Moderator
 from megamod.weights import bitsandbytes as bnb
 from megamod.weights import export as export_module
 from megamod.weights import peft
@@ -65,9 +68,9 @@ def plain(directory: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Pa
     return directory
 
 
-def theirs(directory: Path, base: Path, q: Quantization) -> Path:
-    """What transformers and bitsandbytes make of `base`."""
-    skip = ["lm_head", *q.modules_to_not_convert] if q.modules_to_not_convert else None
+def theirs(directory: Path, base: Path, q: Quantization, head: bool = False) -> Path:
+    """What transformers and bitsandbytes make of `base`; with `head`, of its head too."""
+    skip = [*q.modules_to_not_convert, *([] if head else ["lm_head"])] if q.modules_to_not_convert else None
     said = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=q.quant_type, bnb_4bit_use_double_quant=q.use_double_quant,
         bnb_4bit_compute_dtype="bfloat16", llm_int8_skip_modules=skip,
@@ -400,13 +403,13 @@ def test_a_config_json_that_says_something_else(root: Path, tmp_path: Path) -> N
 # --- writing ---------------------------------------------------------------------------------------------------------------
 
 
-def tool(name: str) -> Any:
-    """The `main` of a tool."""
+def module(name: str) -> Any:
+    """A tool."""
     spec = importlib.util.spec_from_file_location(f"{name}_tool", Path(__file__).parents[1] / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def read(directory: Path) -> dict[str, Tensor]:
@@ -475,7 +478,7 @@ def test_a_head_of_scores_stays(tmp_path: Path) -> None:
 
 
 def test_the_tool(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main, out = tool("quantize"), tmp_path / "out"
+    main, out = module("quantize").main, tmp_path / "out"
     words = ["--quant-type", "fp4", "--no-double-quant", "--blocksize", "128", "--keep", "q_proj,model.layers.1"]
     assert main([str(root / "qwen2"), str(out), *words]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: fp4, blocks of 128 · ")
@@ -593,7 +596,7 @@ def test_in_and_out_through_the_tool(root: Path, tmp_path: Path, capsys: pytest.
     model = AutoModelForCausalLM.from_pretrained(root / "kept", dtype="auto")
     theirs = hf_peft.get_peft_model(model, hf_peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     theirs.save_pretrained(tmp_path / "theirs")
-    main, base = tool("adapter"), str(root / "kept")
+    main, base = module("adapter").main, str(root / "kept")
     assert main(["import", str(tmp_path / "theirs"), "--base", base, str(tmp_path / "ours")]) == 0
     about = checkpoint.read_about(tmp_path / "ours" / "step-00000000")[1]
     source = BitsAndBytes(root / "kept")
@@ -637,3 +640,35 @@ def test_what_an_adapter_says_comes_back() -> None:
         assert quantization_from_json(said, "here") == q
     assert quantization_from_json(None, "here") is None
     assert quantization_from_json("null", "here") is None
+
+
+def test_a_head_in_4_bits_is_read(root: Path, tmp_path: Path) -> None:
+    """As those that leave llm_int8_skip_modules to themselves write it."""
+    theirs(tmp_path / "all", root / "odd", Quantization(modules_to_not_convert=("k_proj",)), head=True)
+    source = BitsAndBytes(tmp_path / "all")
+    check_keys(source, read_shape(tmp_path / "all"), "all")
+    assert source.shard("lm_head.weight", (0, 0), (61, 77)) is not None
+    assert differences(whole(source), oracle(tmp_path / "all")) == []
+    assert source.quantization.modules_to_not_convert == tuple(f"model.layers.{i}.self_attn.k_proj" for i in (0, 1))
+
+
+def judged(folder: Path) -> list[dict[str, float]]:
+    """By the 4 bits and an adapter, by the plain base that the adapter says was quantised, and by the merged model."""
+    found = []
+    for base, adapters in (("four", {"a": folder / "adapter"}), ("plain", {"a": folder / "adapter"}), ("merged", None)):
+        with Moderator(folder / base, ParallelConfig(tp=2), adapters=adapters, dtype="float32", row_length=256) as moderator:
+            (one,) = moderator.judge(["I will hurt you."])
+            found.append(dict(one.scores))
+    return found
+
+
+def test_a_moderator_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in generate(20, 1, seed=3)[0]))
+    module("make_checkpoint").make(tmp_path / "plain", tmp_path / "rows.jsonl", vocab=400, layers=2, hidden=32, heads=4, seed=1)
+    q, shape = Quantization("fp4"), read_shape(tmp_path / "plain")
+    bnb.quantize(tmp_path / "plain", tmp_path / "four", q)
+    adapter = adapter_of(tmp_path / "adapter", tmp_path / "plain", q, of_source(BitsAndBytes(tmp_path / "four"), shape))
+    merge(tmp_path / "four", adapter, tmp_path / "merged")
+    four, plainly, merged = distributed.run(2, judged, tmp_path)[0]
+    assert four == plainly
+    assert merged == pytest.approx(four, rel=1e-4)

@@ -35,6 +35,7 @@ from megamod_kernels.nf4 import Absmax, Lines, QuantType, Shard
 AT_A_TIME = 1 << 21  # numbers, an even count; what is done to each of them takes some forty bytes
 STATE = "quant_state.bitsandbytes__"
 SIDE = re.compile(r"(.+)\.(quant_map|absmax|nested_quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)")
+LARGEST = torch.finfo(torch.float32).max
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -220,19 +221,20 @@ class Quantizing(FourBits):
         kept = nf4.compress(absmax) if self.quantization.use_double_quant else Absmax(absmax)
         return Stored(shape, lambda first, last: data[first:last], kept, block, kind)
 
-    def bytes(self, name: str) -> int:
-        """That what `tensors` gives takes, but for the JSON."""
-        size = self._shapes[name]
+    def size(self, name: str) -> int:
+        """Bytes of what `tensors` gives, but for the JSON."""
+        numbers = math.prod(self._shapes[name])
         if name not in self._matrices:
-            return math.prod(size) * self.dtype(name).itemsize
-        double, blocks = self.quantization.use_double_quant, -(-math.prod(size) // self.quantization.blocksize)
-        return -(-math.prod(size) // 2) + 4 * 16 + (blocks + 4 * -(-blocks // nf4.NESTED) + 4 * 256 if double else 4 * blocks)
+            return numbers * self.dtype(name).itemsize
+        blocks = -(-numbers // self.quantization.blocksize)
+        statistics = blocks + 4 * -(-blocks // nf4.NESTED) + 4 * 256 if self.quantization.use_double_quant else 4 * blocks
+        return -(-numbers // 2) + 4 * 16 + statistics
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """A tensor as bitsandbytes stores it, by the names of the module docstring; one that is not in 4 bits as it is."""
         size = self._shapes[name]
         if name not in self._matrices:
-            return {name: self._source.read(name, [0] * len(size), size)}
+            return {name: self.source.read(name, [0] * len(size), size)}
         one = self.stored(name)
         said: dict[str, Any] = {"quant_type": one.quant_type, "blocksize": one.blocksize, "dtype": _word(self.dtype(name)), "shape": size}
         sides = {"absmax": one.absmax.values, "quant_map": torch.tensor(nf4.CODES[one.quant_type])}
@@ -373,7 +375,7 @@ class BitsAndBytes(FourBits):
         shape, offset = said.get("shape"), said.get("nested_offset")
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             raise self._wrong(key, f"shape = {shape!r}: two positive integers were expected")
-        if "nested_offset" in said and not (isinstance(offset, float | int) and math.isfinite(offset)):
+        if "nested_offset" in said and not (isinstance(offset, float | int) and abs(offset) <= LARGEST):
             raise self._wrong(key, f"nested_offset = {offset!r}: a finite number was expected")
         return State(said["quant_type"], said["blocksize"], DTYPES[said["dtype"]], (shape[0], shape[1]), offset)
 
@@ -465,7 +467,7 @@ def quantize(
         "llm_int8_skip_modules": ["lm_head" if shape.score is None else "score", *kept],
         "llm_int8_threshold": 6.0,
     }
-    sizes = {name: made.bytes(name) for name in hf_shapes(shape)}
+    sizes = {name: made.size(name) for name in hf_shapes(shape)}
     with drafting(Path(out)) as draft:
         begin(draft, Path(source), Path(source), dtype, texts or {}, quantization=said)
         stream(draft, sizes, made.tensors, shard_bytes, "quantising")
