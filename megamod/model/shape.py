@@ -324,15 +324,15 @@ def in_four_bits(config: Json) -> bool:
     if said is None:
         return False
     if not isinstance(said, Mapping):
-        raise ConfigJsonError(f"quantization_config = {said!r}: an object was expected")
+        raise ConfigJsonError(f"quantization_config: an object was expected, not {said!r}")
     loads = {bits: said.get(f"load_in_{bits}bit") is True for bits in (4, 8)}
     method = said.get("quant_method", "bitsandbytes" if any(loads.values()) else None)  # the first versions did not say
     if method != "bitsandbytes":
-        raise ConfigJsonError(f"quant_method = {method!r} is not supported: only 'bitsandbytes' in 4 bits, or plain weights")
+        raise ConfigJsonError(f"quantization_config: quant_method = {method!r} is not supported: only 'bitsandbytes', in 4 bits")
     if loads != {4: True, 8: False}:
-        raise ConfigJsonError("bitsandbytes in 8 bits is not supported: only 4 bits (load_in_4bit true, load_in_8bit false)")
+        raise ConfigJsonError("quantization_config: only 4 bits are supported: load_in_4bit = true and load_in_8bit = false were expected")
     if (storage := said.get("bnb_4bit_quant_storage", "uint8")) != "uint8":
-        raise ConfigJsonError(f"bnb_4bit_quant_storage = {storage!r} is not supported: only 'uint8'")
+        raise ConfigJsonError(f"quantization_config: bnb_4bit_quant_storage = {storage!r} is not supported: only 'uint8'")
     return True
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from megamod.errors import MegamodError, listed, nearest
 from megamod.model.shape import ConfigJsonError, in_four_bits, read_config, read_shape
-from megamod.weights.load import Safetensors, Scored, Source
+from megamod.weights.export import begin, drafting, refuse_taken, stream
+from megamod.weights.load import Safetensors, Scored, Source, check_keys
 from megamod.weights.quantization import Quantization
 from megamod.weights.table import hf_shapes
 from megamod_kernels import nf4
@@ -34,6 +35,7 @@ from megamod_kernels.nf4 import Absmax, Lines, QuantType, Shard
 AT_A_TIME = 1 << 21  # numbers, an even count; what is done to each of them takes some forty bytes
 STATE = "quant_state.bitsandbytes__"
 SIDE = re.compile(r"(.+)\.(quant_map|absmax|nested_quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)")
+LARGEST = torch.finfo(torch.float32).max
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -219,6 +221,30 @@ class Quantizing(FourBits):
         kept = nf4.compress(absmax) if self.quantization.use_double_quant else Absmax(absmax)
         return Stored(shape, lambda first, last: data[first:last], kept, block, kind)
 
+    def size(self, name: str) -> int:
+        """Bytes of what `tensors` gives, but for the JSON."""
+        numbers = math.prod(self._shapes[name])
+        if name not in self._matrices:
+            return numbers * self.dtype(name).itemsize
+        blocks = -(-numbers // self.quantization.blocksize)
+        statistics = blocks + 4 * -(-blocks // nf4.NESTED) + 4 * 256 if self.quantization.use_double_quant else 4 * blocks
+        return -(-numbers // 2) + 4 * 16 + statistics
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A tensor as bitsandbytes stores it, by the names of the module docstring; one that is not in 4 bits as it is."""
+        size = self._shapes[name]
+        if name not in self._matrices:
+            return {name: self.source.read(name, [0] * len(size), size)}
+        one = self.stored(name)
+        said: dict[str, Any] = {"quant_type": one.quant_type, "blocksize": one.blocksize, "dtype": _word(self.dtype(name)), "shape": size}
+        sides = {"absmax": one.absmax.values, "quant_map": torch.tensor(nf4.CODES[one.quant_type])}
+        if one.absmax.nested is not None and one.absmax.offset is not None:
+            said |= {"nested_blocksize": nf4.NESTED, "nested_dtype": "float32", "nested_offset": one.absmax.offset.item()}
+            sides |= {"nested_absmax": one.absmax.nested, "nested_quant_map": nf4.dynamic_map().clone()}
+        sides[f"{STATE}{one.quant_type}"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+        data = one.data(0, -(-math.prod(size) // 2))[:, None]
+        return {name: data, **{f"{name}.{part}": tensor for part, tensor in sides.items()}}
+
 
 def _chunks(tensor: Tensor) -> Iterator[tuple[Tensor, Lines]]:
     """A matrix in chunks of whole rows, in fp32; all but the last of an even count of numbers."""
@@ -349,7 +375,7 @@ class BitsAndBytes(FourBits):
         shape, offset = said.get("shape"), said.get("nested_offset")
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             raise self._wrong(key, f"shape = {shape!r}: two positive integers were expected")
-        if "nested_offset" in said and not (isinstance(offset, float | int) and math.isfinite(offset)):
+        if "nested_offset" in said and not (isinstance(offset, float | int) and abs(offset) <= LARGEST):
             raise self._wrong(key, f"nested_offset = {offset!r}: a finite number was expected")
         return State(said["quant_type"], said["blocksize"], DTYPES[said["dtype"]], (shape[0], shape[1]), offset)
 
@@ -388,3 +414,65 @@ class BitsAndBytes(FourBits):
             return self._file.read(name, (first, 0), (last - first, 1)).flatten()
 
         return Stored(state.shape, data, Absmax(values, nested, offset), state.blocksize, state.quant_type)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    quantization: Quantization,
+    *,
+    texts: Mapping[str, str] | None = None,
+    shard_bytes: int = 4_000_000_000,
+) -> Path:
+    """Write the weights at `source` in 4 bits to `out`, the bytes that transformers and bitsandbytes write, to be loaded by these.
+
+    Memory holds one file's tensors, and one as it is.
+
+    Args:
+        source: a plain Hugging Face directory; its config.json, tokenizer and licence are copied.
+        out: new, or empty.
+        texts: further small files, by name; they replace the source's of that name.
+        shard_bytes: a file holds at most so much, or a single larger tensor.
+
+    Raises:
+        MegamodError: a source that is quantised already, or see `Quantizing`; a target that holds something, or a write that fails;
+            `out` is not there then.
+    """
+    refuse_taken(Path(out))
+    shape = read_shape(source)
+    if says_four_bits(source):
+        raise MegamodError(f"{source}: is in 4 bits already: plain weights were expected")
+    plain = Safetensors(source)
+    check_keys(plain, shape, str(source))
+    made, linears = Quantizing(plain, quantization), [name for name, size in hf_shapes(shape).items() if is_linear(name, size)]
+    for name in linears:
+        if made.dtype(name) not in DTYPES.values():
+            raise MegamodError(f"{source}: {name} is in {_word(made.dtype(name))}: bitsandbytes reads {', '.join(DTYPES)}")
+    dtype = plain.dtype("model.embed_tokens.weight")
+    kept = [module for name in linears if not quantization.converts(module := name.removesuffix(".weight"))]
+    said = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": _word(dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": quantization.quant_type,
+        "bnb_4bit_use_double_quant": quantization.use_double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        # By whole names, which transformers and its servers read alike: a part of a name means something else to each of them.
+        "llm_int8_skip_modules": ["lm_head" if shape.score is None else "score", *kept],
+        "llm_int8_threshold": 6.0,
+    }
+    sizes = {name: made.size(name) for name in hf_shapes(shape)}
+    with drafting(Path(out)) as draft:
+        begin(draft, Path(source), Path(source), dtype, texts or {}, quantization=said)
+        stream(draft, sizes, made.tensors, shard_bytes, "quantising")
+    return Path(out)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
