@@ -3,10 +3,12 @@
 The kernels are interpreted in a child process, as test_kernel_packing.py says; this file run as a program is that child.
 """
 
+import importlib.util
 import itertools
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,7 +101,7 @@ def compare(bnb: ModuleType, x: Tensor, blocksize: int, quant_type: QuantType, n
         assert kept.nested is not None and kept.offset is not None
         assert torch.equal(kept.nested, state.state2.absmax)
         assert torch.equal(kept.offset, state.offset)
-    if x.shape[1] < blocksize:  # with AVX-512 bitsandbytes takes a wrong absmax for lines that are shorter than a block
+    if x.shape[1] % blocksize:  # with AVX-512 bitsandbytes takes a wrong absmax where lines begin inside blocks
         state.shape = torch.Size((x.numel(),))
     assert torch.equal(dequantize(made, torch.empty_like(x)), bnb.dequantize_4bit(codes, state).view(x.shape))
 
@@ -405,6 +407,59 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (out[1:], out.int(), torch.empty(64, 4).mT):
         with pytest.raises(ValueError, match="256 numbers, contiguous, floating, on cpu were expected"):
             dequantize(good, wrong)
+
+
+# ---- the benchmark
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench.py as a module, with small cases for its clock too."""
+    spec = importlib.util.spec_from_file_location("bench", Path(nf4.__file__).parents[1] / "bench.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench", module)  # dataclasses look their module up
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(
+        module.cases, "NF4", [*SMALL, *(replace(SMALL[2], label=name, bench=True) for name in ("o_proj tp1", "down_proj tp8"))]
+    )
+    return module
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_bench_times_the_path_of_the_cpu(
+    bench: Any, bnb: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: bool
+) -> None:
+    if wrong:
+        monkeypatch.setattr(bench.nf4, "quantize", lambda *args: nf4.quantize_ref(*args) ^ 1)
+    assert bench.main(["nf4", "--device", "cpu"]) == wrong
+    *lines, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
+    assert [case["name"].split()[:3] for case in report["cases"]] == [
+        [what, *name.split()] for name in ("o_proj tp1", "down_proj tp8") for what in ("quantize", "dequantize")
+    ]
+    assert all(case["threads"] == 1 and set(case["ms"]) == {"here", "bitsandbytes"} for case in report["cases"])
+    assert all(case["agrees"] != wrong for case in report["cases"])
+    assert (len([line for line in lines if line.endswith(": WRONG")]) > 0) == wrong
+
+
+def test_bench_s_table_and_report(bench: Any, bnb: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the clock, which needs a GPU: ours takes 1 ms, bitsandbytes 2."""
+
+    def turns(candidates: Any, _: Tensor) -> list[float]:
+        for candidate in candidates:
+            candidate()
+        return [1.0, 2.0][: len(candidates)]
+
+    monkeypatch.setattr(bench, "turns", turns)
+    monkeypatch.setattr(bench, "COPY_BYTES", 4000)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    report = bench.on_gpu("nf4", CPU)
+    assert all(case["agrees"] and case["ms"] == {"kernel": 1.0, "bitsandbytes": 2.0} for case in report["cases"])
+    assert report["cases"][1]["bytes"] == 5 * 128 * 2 + 5 * 64 + 5 * 2  # numbers, codes, absmax in 8 bits
+    heading = capsys.readouterr().out.splitlines()[1]
+    assert heading.split() == ["kernel", "bitsandbytes", "GB/s", "%", "of", "copy", "×", "bitsandbytes", "TFLOP/s"]
 
 
 if __name__ == "__main__":
