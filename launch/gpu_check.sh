@@ -21,6 +21,7 @@ check() {
     python -m pytest -m gpu tests/test_kernel_*.py tests/test_gpu.py || status=$?
     python kernels/bench.py packing || status=$?
     python kernels/bench.py lora || status=$?
+    python kernels/bench.py nf4 || status=$?
     python tools/bench_context.py --shape configs/models/smollm2-135m --cp 1 || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check_lora.py || status=$?

@@ -3,19 +3,29 @@
 The kernels are interpreted in a child process, as test_kernel_packing.py says; this file run as a program is that child.
 """
 
+import importlib.util
 import itertools
+import json
 import logging
+import math
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import Results, run_interpreted
 from torch import Tensor
 
 from megamod_kernels import nf4
+from megamod_kernels.cases import NF4, Nf4Case
 from megamod_kernels.nf4 import Absmax, Lines, QuantType, Shard, block_absmax, compress, dequantize, quantize, whole_blocks
 
 CPU = torch.device("cpu")
@@ -63,6 +73,10 @@ def shard(x: Tensor, absmax: Tensor, kept: Absmax, lines: Lines, blocksize: int,
     return Shard(data, kept.of(lines, blocksize), kept.nested, kept.offset, lines, blocksize, quant_type)
 
 
+def part(x: Tensor, offset: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    return x[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, but that all NaN are the same."""
     return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
@@ -87,7 +101,7 @@ def compare(bnb: ModuleType, x: Tensor, blocksize: int, quant_type: QuantType, n
         assert kept.nested is not None and kept.offset is not None
         assert torch.equal(kept.nested, state.state2.absmax)
         assert torch.equal(kept.offset, state.offset)
-    if x.shape[1] < blocksize:  # with AVX-512 bitsandbytes takes a wrong absmax for lines that are shorter than a block
+    if x.shape[1] % blocksize:  # with AVX-512 bitsandbytes takes a wrong absmax where lines begin inside blocks
         state.shape = torch.Size((x.numel(),))
     assert torch.equal(dequantize(made, torch.empty_like(x)), bnb.dequantize_4bit(codes, state).view(x.shape))
 
@@ -132,6 +146,132 @@ def test_numbers_that_are_small_large_or_none(bnb: ModuleType, dtype: torch.dtyp
         assert same(dequantize(made, torch.empty(rows, 64)), bnb.dequantize_4bit(codes, state))
 
 
+# ---- kernels against references: run in the child, and on a GPU
+
+
+@contextmanager
+def fenced(wrong: list[str]) -> Iterator[None]:
+    """Puts a fence after all memory that is asked for meanwhile, and says when one was written over."""
+    fences: list[Tensor] = []
+    plain = Tensor.new_empty
+
+    def new_empty(x: Tensor, *shape: int, **other: Any) -> Tensor:
+        if set(other) - {"dtype"}:  # it is the interpreter who asks
+            return plain(x, *shape, **other)
+        size = math.prod(shape)
+        memory = plain(x, size + 10_000, **other).fill_(77)
+        fences.append(memory[size:])
+        return memory[:size].view(shape)
+
+    with mock.patch.object(Tensor, "new_empty", new_empty):
+        yield
+    if not all(bool((fence == 77).all()) for fence in fences):
+        wrong.append("memory after a result was written over")
+
+
+def faults(case: Nf4Case, dtype: torch.dtype, quant_type: QuantType, device: torch.device = CPU) -> list[str]:
+    """All three, bit for bit."""
+    wrong: list[str] = []
+    lines, blocksize = Lines.of(case.shape, case.offset, case.size), case.blocksize
+    x = random(*case.shape, dtype=dtype)
+    x[0] = 0
+    if dtype != torch.bfloat16 or device != CPU:  # of these triton's interpreter makes other numbers
+        x[-1] *= torch.tensor(1e-39).to(dtype)  # a block's absmax may be nothing, or next to it
+        x[1, -3:] = torch.tensor([torch.nan, torch.inf, 1])
+    x = x.to(device)
+    mine = part(x, case.offset, case.size)
+    absmax = nf4.block_absmax_ref(x, whole(case.shape), blocksize)
+    kept = compress(absmax.nan_to_num(1, 1)) if case.double else Absmax(absmax.cpu())
+    data = nf4.quantize_ref(mine, absmax, lines, blocksize, quant_type)
+    good = Shard(data, kept.of(lines, blocksize), kept.nested, kept.offset, lines, blocksize, quant_type).to(device)
+    if not same(block_absmax(mine, lines, blocksize), nf4.block_absmax_ref(mine, lines, blocksize)):
+        wrong.append("block_absmax")
+    with fenced(wrong):
+        found = {
+            name: quantize(numbers, absmax, lines, blocksize, quant_type) for name, numbers in (("view", mine), ("copy", mine.clone()))
+        }
+        read = {out: dequantize(good, x.new_empty(*case.size, dtype=out)) for out in (*DTYPES, torch.float64)}
+    wrong += [f"{name}: {int((codes != data).sum())} of {len(data)} bytes" for name, codes in found.items() if not torch.equal(codes, data)]
+    for out, values in read.items():
+        exact = nf4.dequantize_ref(good, torch.empty(case.size, device=device))
+        if out == torch.bfloat16 and device == CPU:  # triton's interpreter cuts fp32's last 16 bits off where a GPU, and torch, round
+            exact = (exact.view(torch.int32) & -65536).view(torch.float32)
+        if not same(values, exact.to(out)):
+            wrong.append(f"{out}: {int((values != exact.to(out)).sum())} of {values.numel()} numbers")
+    return wrong
+
+
+SMALL = [case for case in NF4 if not case.bench]
+CHECKS = [(case, DTYPES[i % 3], TYPES[i // 2 % 2]) for i, case in enumerate(SMALL)]
+CHECKS += [
+    (SMALL[2], dtype, quant_type) for dtype, quant_type in itertools.product(DTYPES, TYPES) if (SMALL[2], dtype, quant_type) not in CHECKS
+]
+
+
+def name_of(case: Nf4Case, dtype: torch.dtype, quant_type: QuantType) -> str:
+    return f"{case.name} {str(dtype).removeprefix('torch.')} {quant_type}"
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Results:
+    """What the child found, by check."""
+    return run_interpreted(__file__, [name_of(*args) for args in CHECKS])
+
+
+@pytest.mark.parametrize("args", CHECKS, ids=lambda args: name_of(*args))
+def test_interpreted_kernel_equals_its_reference(interpreted: Results, args: tuple[Nf4Case, torch.dtype, QuantType]) -> None:
+    assert interpreted[name_of(*args)] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "args", [*itertools.product(SMALL, DTYPES, TYPES), (NF4[11], torch.bfloat16, "nf4")], ids=lambda args: name_of(*args)
+)
+def test_compiled_kernel_equals_its_reference(args: tuple[Nf4Case, torch.dtype, QuantType]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda", 0)
+    assert nf4.fused(torch.empty(0, device=device)), "triton cannot be imported"
+    assert faults(*args, device=device) == []
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
+    """A kernel's PTX for compute capability 9.0; of what launches give it, numbers are multiples of 16 and pointers of 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    even = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
+    ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False, "num_warps": 4}).asm["ptx"]
+    return ptx
+
+
+POINTERS = {"data": "*u8", "nested": "*fp32", "dynamic": "*fp32", "offset": "*fp32", "code": "*fp32", "limits": "*fp32", "order": "*i32"}
+needs_compiler = pytest.mark.skipif(nf4.triton is None or nf4.INTERPRETED, reason="nothing to compile with")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("unit", "double"), [(16, True), (16, False), (1, True)])
+def test_kernels_compile_for_a_gpu(unit: int, double: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of 16 bytes where they can, without a fused multiply-add, dividing as IEEE 754 has it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compiled now, not once
+    sizes = {"SIZE": 2 if unit == 16 else 64, "UNIT": unit, "UNITS": 128 if unit == 16 else 1024}
+    types = {**POINTERS, "absmax": "*u8" if double else "*fp32", "out": f"*{dtype}"}
+    none = {} if double else {"nested": None, "offset": None}
+    read = compiled(nf4._dequantize_kernel, types, {**sizes, "DOUBLE": double, **none})
+    made = compiled(nf4._quantize_kernel, {**POINTERS, "x": f"*{dtype}", "absmax": "*fp32", "out": "*u8"}, sizes)
+    most = compiled(nf4._absmax_kernel, {"x": f"*{dtype}", "found": "*i32"}, {"SIZE": 64, "BLOCKS": 64})
+    if unit == 16:
+        assert "ld.global.v4.b32" in read and "st.global.v4.b32" in read
+        assert "ld.global.v4.b32" in made
+    assert "ld.global.v4.b32" in most
+    assert "fma.rn.f32" not in read and "fma.rn.f32" not in made
+    assert "div.rn.f32" in made or "rcp.rn.f32" in made
+
+
 # ---- shards
 
 SIZES = st.sampled_from(nf4.BLOCK_SIZES[:4])
@@ -145,10 +285,6 @@ def rectangles(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int], tuple
     rows, columns = draw(st.integers(1, 9)), unit * draw(st.integers(1, 400 // unit))
     row, column = draw(st.integers(0, rows)), unit * draw(st.integers(0, columns // unit))
     return (rows, columns), (row, column), (draw(st.integers(0, rows - row)), unit * draw(st.integers(0, (columns - column) // unit)))
-
-
-def part(x: Tensor, offset: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    return x[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
 
 
 @settings(deadline=None, max_examples=150)
@@ -271,3 +407,60 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (out[1:], out.int(), torch.empty(64, 4).mT):
         with pytest.raises(ValueError, match="256 numbers, contiguous, floating, on cpu were expected"):
             dequantize(good, wrong)
+
+
+# ---- the benchmark
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench.py as a module, with small cases for its clock too."""
+    spec = importlib.util.spec_from_file_location("bench", Path(nf4.__file__).parents[1] / "bench.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench", module)  # dataclasses look their module up
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(
+        module.cases, "NF4", [*SMALL, *(replace(SMALL[2], label=name, bench=True) for name in ("o_proj tp1", "down_proj tp8"))]
+    )
+    return module
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_bench_times_the_path_of_the_cpu(
+    bench: Any, bnb: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: bool
+) -> None:
+    if wrong:
+        monkeypatch.setattr(bench.nf4, "quantize", lambda *args: nf4.quantize_ref(*args) ^ 1)
+    assert bench.main(["nf4", "--device", "cpu"]) == wrong
+    *lines, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
+    assert [case["name"].split()[:3] for case in report["cases"]] == [
+        [what, *name.split()] for name in ("o_proj tp1", "down_proj tp8") for what in ("quantize", "dequantize")
+    ]
+    assert all(case["threads"] == 1 and set(case["ms"]) == {"here", "bitsandbytes"} for case in report["cases"])
+    assert all(case["agrees"] != wrong for case in report["cases"])
+    assert (len([line for line in lines if line.endswith(": WRONG")]) > 0) == wrong
+
+
+def test_bench_s_table_and_report(bench: Any, bnb: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the clock, which needs a GPU: ours takes 1 ms, bitsandbytes 2."""
+
+    def turns(candidates: Any, _: Tensor) -> list[float]:
+        for candidate in candidates:
+            candidate()
+        return [1.0, 2.0][: len(candidates)]
+
+    monkeypatch.setattr(bench, "turns", turns)
+    monkeypatch.setattr(bench, "COPY_BYTES", 4000)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    report = bench.on_gpu("nf4", CPU)
+    assert all(case["agrees"] and case["ms"] == {"kernel": 1.0, "bitsandbytes": 2.0} for case in report["cases"])
+    assert report["cases"][1]["bytes"] == 5 * 128 * 2 + 5 * 64 + 5 * 2  # numbers, codes, absmax in 8 bits
+    heading = capsys.readouterr().out.splitlines()[1]
+    assert heading.split() == ["kernel", "bitsandbytes", "GB/s", "%", "of", "copy", "×", "bitsandbytes", "TFLOP/s"]
+
+
+if __name__ == "__main__":
+    print(json.dumps({name_of(*args): faults(*args) for args in CHECKS}))

@@ -23,11 +23,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on every platform that torch runs on; the references do without
+    triton = None
 
 QuantType = Literal["nf4", "fp4"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -35,7 +41,7 @@ NESTED = 256  # absmax values that share one of their own
 PLACES = 1 << 16  # to which bitsandbytes rounds a number before it looks up the nearest dynamic one
 SMALLEST = 1e-38  # a block of zeros is divided by it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that can be quantised
-PIECE = 1 << 18  # numbers that a core takes at a time: what it makes of them stays in its cache
+PIECE = 1 << 19  # numbers that a core takes at a time: what it makes of them stays in its cache
 STEPS = 32767  # on the CPU codes are looked up by x / a in 16 bits; 0 … ± 1 in so many
 UNSURE = 16  # beside a code: both sides of a midpoint have these 16 bits
 USUAL = 2.0**-100, 2.0**100  # absmax for which x · (STEPS / a) is off by less than a hundredth
@@ -210,6 +216,188 @@ def dequantize_ref(shard: Shard, out: Tensor) -> Tensor:
     return out.copy_(values.view(out.shape))
 
 
+# ---- kernels
+
+if triton is not None:
+
+    @triton.jit
+    def _block_of(number, width, start, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Of a number of the shard, in its flat order: its line and column, its block, and the block in which the line begins."""
+        line = number // width
+        column = number - line * width
+        begin = start + line * stride
+        return line, column, (begin + column) // SIZE, begin // SIZE
+
+    @triton.jit
+    def _scale(number, inside, absmax, nested, dynamic, offset, width, start, stride, M, SIZE: tl.constexpr, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """â of the blocks that numbers are in."""
+        line, _, block, first = _block_of(number, width, start, stride, SIZE)
+        a = tl.load(absmax + line.to(tl.int64) * M + (block - first), mask=inside, other=0)
+        if DOUBLE:
+            a = tl.load(dynamic + a.to(tl.int32)) * tl.load(nested + block // 256, mask=inside, other=0.0) + offset
+        return a
+
+    @triton.jit
+    def _dequantize_kernel(  # type: ignore[no-untyped-def]
+        data, absmax, nested, dynamic, offset, code, out, n, width, start, stride, M,
+        SIZE: tl.constexpr, DOUBLE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    ):  # fmt: skip
+        """A program: UNITS times UNIT bytes of codes. n, width, start, stride and SIZE count units where one has 16 bytes, else numbers.
+
+        A unit of 16 bytes, a thread's load, lies in one block of one line.
+        """
+        unit = tl.program_id(0).to(tl.int32 if UNIT == 16 else tl.int64) * UNITS + tl.arange(0, UNITS)  # 2^31 units are enough, bytes not
+        m = tl.load(offset) if DOUBLE else 0.0
+        if UNIT == 16:
+            inside = unit < n
+            a = _scale(unit, inside, absmax, nested, dynamic, m, width, start, stride, M, SIZE, DOUBLE)[:, None]
+            b, there = a, inside[:, None]
+        else:
+            number = 2 * unit
+            a = _scale(number, number < n, absmax, nested, dynamic, m, width, start, stride, M, SIZE, DOUBLE)[:, None]
+            b = _scale(number + 1, number + 1 < n, absmax, nested, dynamic, m, width, start, stride, M, SIZE, DOUBLE)[:, None]
+            there = (number < n)[:, None]
+        at = unit.to(tl.int64)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]  # [UNITS, UNIT]
+        byte = tl.load(data + at, mask=there, other=0).to(tl.int32)
+        # 16 numbers are half a line of the L1 cache, and no two of a warp's loads wait for each other there.
+        values = tl.interleave(tl.load(code + (byte >> 4)) * a, tl.load(code + (byte & 15)) * b)  # [UNITS, 2 UNIT]
+        place = unit.to(tl.int64)[:, None] * (2 * UNIT) + tl.arange(0, 2 * UNIT)[None, :]
+        inside = there if UNIT == 16 else place < n
+        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _code_of(x, a, divided, limits, order):  # type: ignore[no-untyped-def]
+        """The code of numbers x in blocks with absmax a; NaN is not below any limit."""
+        a = tl.maximum(a, 1e-38, propagate_nan=tl.PropagateNan.ALL)
+        scaled = tl.where(divided, tl.div_rn(x, a), x * tl.div_rn(tl.full(a.shape, 1.0, tl.float32), a))
+        code = tl.full(scaled.shape, 0, tl.int32) + tl.load(order)
+        for i in tl.static_range(15):
+            code = tl.where(scaled <= tl.load(limits + i), code, tl.load(order + i + 1))
+        return code
+
+    @triton.jit
+    def _quantize_kernel(  # type: ignore[no-untyped-def]
+        x, absmax, limits, order, out, n, width, start, stride, row, whole,
+        SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    ):  # fmt: skip
+        """A program: UNITS times UNIT bytes of codes; counts as in _dequantize_kernel. The block `whole` is not full: it is divided.
+
+        x has its lines `row` numbers apart.
+        """
+        unit = tl.program_id(0).to(tl.int32 if UNIT == 16 else tl.int64) * UNITS + tl.arange(0, UNITS)  # 2^31 units are enough, bytes not
+        if UNIT == 16:
+            inside = unit < n
+            line, column, block, _ = _block_of(unit, width, start, stride, SIZE)
+            a = tl.load(absmax + block, mask=inside, other=1.0)[:, None]
+            here = line.to(tl.int64)[:, None] * row + column.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+            values = tl.load(x + here, mask=inside[:, None], other=0.0).to(tl.float32)  # [UNITS, 32]
+            code = _code_of(values, a, (block == whole)[:, None], limits, order)
+        else:
+            number = (2 * unit)[:, None] + tl.arange(0, 2)[None, :]  # [UNITS, 2]
+            inside = number < n
+            line, column, block, _ = _block_of(number, width, start, stride, SIZE)
+            a = tl.load(absmax + block, mask=inside, other=1.0)
+            values = tl.load(x + line * row + column, mask=inside, other=0.0).to(tl.float32)
+            code = _code_of(values, a, block == whole, limits, order)
+            inside = 2 * unit < n
+        high, low = tl.split(code.reshape(UNITS, UNIT, 2))
+        at = unit.to(tl.int64)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+        tl.store(out + at, (high << 4 | low).to(tl.uint8), mask=inside[:, None])
+
+    @triton.jit
+    def _absmax_kernel(  # type: ignore[no-untyped-def]
+        x, found, width, start, stride, row, tiles,
+        SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """A program: BLOCKS blocks of one line, of those that it touches. Numbers without their sign have the order of their bits."""
+        line = (tl.program_id(0) // tiles).to(tl.int64)
+        begin = start + line * stride
+        block = begin // SIZE + (tl.program_id(0) % tiles) * BLOCKS + tl.arange(0, BLOCKS)
+        column = (block * SIZE - begin)[:, None] + tl.arange(0, SIZE)[None, :]  # [BLOCKS, SIZE]
+        inside = (column >= 0) & (column < width)
+        bits = tl.load(x + line * row + column, mask=inside, other=0.0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        tl.atomic_max(found + block, tl.max(bits, 1), mask=block * SIZE < begin + width, sem="relaxed")  # the next line may have some of it
+
+    # Under TRITON_INTERPRET=1, read when the kernels are decorated, they run on CPU tensors too.
+    INTERPRETED = not isinstance(_absmax_kernel, triton.JITFunction)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether a kernel takes x, and not the CPU's path."""
+    return triton is not None and (x.is_cuda or INTERPRETED)
+
+
+@cache
+def _tables(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fp32 codes, midpoints, int32 codes in the order of their numbers, dynamic_map."""
+    limits, order = bounds(quant_type)
+    return torch.tensor(CODES[quant_type], device=device), limits.to(device), order.int().to(device), dynamic_map().to(device)
+
+
+def _units(lines: Lines, *aligned: Tensor) -> tuple[int, int, int, int, int, int]:
+    """How a kernel counts: bytes in a unit, the numbers that count as one, and in these n, width, start and stride."""
+    counts = lines.numel, lines.width, lines.start, 0 if lines.count == 1 else lines.stride
+    if all(count % 32 == 0 for count in counts) and all(t.data_ptr() % 16 == 0 for t in aligned):
+        n, width, start, stride = (count // 32 for count in counts)
+        return 16, 32, n, width, start, stride
+    return 1, 1, *counts
+
+
+def _grid(unit: int, n: int) -> tuple[tuple[int], int]:
+    """Programs, and units that each has: 16 bytes for each of 128 threads, or eight bytes."""
+    units = 8 if INTERPRETED else 128 if unit == 16 else 1024
+    return (triton.cdiv(n if unit == 16 else triton.cdiv(n, 2), units),), units
+
+
+def _fused_dequantize(shard: Shard, out: Tensor) -> Tensor:
+    unit, numbers, n, width, start, stride = _units(shard.lines, shard.data, out)
+    code, _, _, dynamic = _tables(shard.quant_type, out.device)
+    grid, units = _grid(unit, n)
+    absmax = shard.absmax.contiguous()
+    with torch.cuda.device_of(out):
+        _dequantize_kernel[grid](
+            shard.data, absmax, shard.nested, dynamic, shard.offset, code, out.detach(), n, width, start, stride, absmax.shape[1],
+            SIZE=shard.blocksize // numbers, DOUBLE=shard.nested is not None, UNIT=unit, UNITS=units, num_warps=4,
+            enable_fp_fusion=False,  # product and sum are rounded each, as the reference rounds them
+        )  # fmt: skip
+    return out
+
+
+def _fused_quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
+    rows = _rows(x, lines)
+    row = rows.stride(0)
+    unit, numbers, n, width, start, stride = _units(lines, rows)
+    if row * x.itemsize % 16:
+        unit, numbers, n, width, start, stride = 1, 1, lines.numel, lines.width, lines.start, lines.stride
+    _, limits, order, _ = _tables(quant_type, x.device)
+    grid, units = _grid(unit, n)
+    out = x.new_empty(-(-lines.numel // 2), dtype=torch.uint8)
+    with torch.cuda.device_of(x):
+        _quantize_kernel[grid](
+            rows, absmax, limits, order, out, n, width, start, stride, row, lines.total // blocksize if lines.total % blocksize else -1,
+            SIZE=blocksize // numbers, UNIT=unit, UNITS=units, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def _fused_block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
+    rows = _rows(x, lines)
+    found = torch.zeros(-(-lines.total // blocksize), dtype=torch.int32, device=x.device)
+    blocks = max(1, 4096 // blocksize)
+    tiles = triton.cdiv(lines.touched(blocksize), blocks)
+    with torch.cuda.device_of(x):
+        _absmax_kernel[(lines.count * tiles,)](
+            rows, found, lines.width, lines.start, lines.stride, rows.stride(0), tiles, SIZE=blocksize, BLOCKS=blocks, num_warps=4
+        )
+    return found.view(torch.float32)
+
+
+def _rows(x: Tensor, lines: Lines) -> Tensor:
+    """`[lines, width]`, a line's numbers side by side."""
+    rows = x.detach().reshape(lines.count, lines.width)
+    return rows if rows.stride(1) == 1 or lines.width == 1 else rows.contiguous()
+
+
 # ---- on the CPU: the references' results, by pieces that stay in a core's cache
 
 
@@ -272,22 +460,23 @@ def _regular(lines: Lines, blocksize: int) -> bool:
     return lines.count == 1 or (lines.stride % blocksize == 0 and lines.width <= lines.stride)
 
 
-def _by_blocks(numbers: Tensor, values: Tensor, phase: int, blocksize: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Numbers `[lines, width]`, which begin at `phase` of a block, beside values `[lines, M]` of their blocks, as shapes that broadcast.
+def _by_blocks(numbers: Tensor, phase: int, blocksize: int) -> list[tuple[Tensor, slice]]:
+    """Numbers `[lines, width]`, which begin at `phase` of a block, as views `[lines, blocks, numbers of one]`, and which blocks these are.
 
     What lies in a first block that is cut, in whole blocks, in a last one that is cut.
     """
-    width = numbers.shape[1]
+    lines, width = numbers.shape
     head = min(-phase % blocksize, width)
-    whole = (width - head) // blocksize
+    first, whole = int(head > 0), (width - head) // blocksize
     rest = head + whole * blocksize
+    views = []
     if head:
-        yield numbers[:, :head], values[:, :1]
+        views.append((numbers[:, None, :head], slice(0, 1)))
     if whole:
-        at = 1 if head else 0
-        yield numbers[:, head:rest].unflatten(1, (whole, blocksize)), values[:, at : at + whole, None]
+        views.append((numbers[:, head:rest].view(lines, whole, blocksize), slice(first, first + whole)))
     if rest < width:
-        yield numbers[:, rest:], values[:, -1:]
+        views.append((numbers[:, None, rest:], slice(first + whole, first + whole + 1)))
+    return views
 
 
 def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
@@ -300,19 +489,26 @@ def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
             found.scatter_reduce_(0, block.flatten(), rows[top:bottom, left:right].flatten().float().abs(), "amax")
         return found
     bits, mask = (torch.int32, 0x7FFF_FFFF) if x.itemsize == 4 else (torch.int16, 0x7FFF)
+    rows = rows.view(bits)
     first, phase = divmod(lines.start, blocksize)
     pieces = _pieces(lines.count, lines.width, phase)  # no block is in two pieces of a line
     most = torch.empty(lines.count, -(-(phase + lines.width) // blocksize), dtype=bits)
 
     def work(queue: Iterator[_Piece]) -> None:
         memory = torch.empty(_size(pieces), dtype=bits)
+
+        @cache
+        def views(lines: int, width: int, phase: int) -> tuple[Tensor, list[tuple[Tensor, slice]]]:
+            numbers = memory[: lines * width].view(lines, width)
+            return numbers, _by_blocks(numbers, phase, blocksize)
+
         for top, bottom, left, right in queue:
-            numbers = memory[: (bottom - top) * (right - left)].view(bottom - top, -1)
-            torch.bitwise_and(rows[top:bottom, left:right].view(bits), mask, out=numbers)
             start, end = phase + left, phase + right
+            numbers, parts = views(bottom - top, right - left, start % blocksize)
+            torch.bitwise_and(rows[top:bottom, left:right], mask, out=numbers)
             values = most[top:bottom, start // blocksize : -(-end // blocksize)]
-            for some, of_block in _by_blocks(numbers, values, start % blocksize, blocksize):
-                torch.amax(some, -1, keepdim=True, out=of_block)
+            for some, blocks in parts:
+                torch.amax(some, -1, out=values[:, blocks])
 
     _work_on(pieces, work)
     values, stride = most.view(x.dtype).float(), lines.stride // blocksize
@@ -343,9 +539,9 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
     """quantize_ref. Codes are looked up by x / a in 16 bits; the few that a midpoint is near are made as the reference makes them."""
     rows, absmax = x.detach().reshape(lines.count, lines.width), absmax.detach()
     out = torch.empty(-(-lines.numel // 2), dtype=torch.uint8)
-    begin = lines.start % blocksize
-    pieces = _pieces(lines.count, lines.width, begin - begin % 2)
-    regular, table = _regular(lines, blocksize), _place_codes(quant_type)
+    first, phase = divmod(lines.start, blocksize)
+    pieces = _pieces(lines.count, lines.width, phase - phase % 2)
+    table = _place_codes(quant_type)
 
     def exact(place: Tensor) -> None:
         """Make these bytes of `out`, whatever they are of."""
@@ -360,9 +556,9 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
             scaled = torch.where(block == lines.total // blocksize, value / most, scaled)
         out[place] = _packed(torch.where(inside, scaled, 0), quant_type)
 
-    def mend(unsure: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Of words of 8 bytes, by the place of the first: those bytes that are marked in them."""
-        first, marks = map(np.concatenate, zip(*unsure, strict=True))
+    def mend(unsure: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """Of words of 8 bytes, by their number from some byte on: those bytes that are marked in them."""
+        first, marks = np.concatenate([at + 8 * word for at, word, _ in unsure]), np.concatenate([marks for _, _, marks in unsure])
         word, byte = np.nonzero(marks.view(np.uint8).reshape(-1, 8))
         exact(torch.from_numpy(first[word] + byte))
 
@@ -370,40 +566,44 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
         size = _size(pieces)
         numbers, places = torch.empty(size), torch.zeros(size, dtype=torch.int16)
         index, codes = torch.empty(size // 2, dtype=torch.int32), torch.zeros(2, size // 2, dtype=torch.uint8)
-        pairs, halves = places.numpy().view(np.uint32), index.numpy().view(np.uint32)
-        unsure: list[tuple[np.ndarray, np.ndarray]] = []
+
+        @cache
+        def views(lines: int, width: int, phase: int) -> tuple[Any, ...]:
+            n, m = lines * width, -(-lines * width // 2)
+            some, words = numbers[:n].view(lines, width), codes[:, : m + -m % 8].numpy().view(np.uint64)
+            pairs, halves = places[: 2 * m].numpy().view(np.uint32), index[:m].numpy().view(np.uint32)
+            return some, _by_blocks(some, phase, blocksize), places[:n].view(lines, width), pairs, halves, index[:m], codes[:, :m], words
+
+        unsure: list[tuple[int, np.ndarray, np.ndarray]] = []
         waiting = 0
         for top, bottom, left, right in queue:
-            count, width = bottom - top, right - left
-            first, phase = divmod(lines.start + top * lines.stride + left, blocksize)
-            touched = -(-(phase + width) // blocksize)
-            most = absmax.as_strided((count, touched), (lines.stride // blocksize, 1), first) if regular else None
-            n, m, at = count * width, -(-count * width // 2), (top * lines.width + left) // 2
-            if most is None or not _usual(most):
-                exact(torch.arange(at, at + m))
+            start, end = phase + left, phase + right
+            at = (top * lines.width + left) // 2
+            some, parts, place, pairs, halves, half, (high, low), words = views(bottom - top, right - left, start % blocksize)
+            values = slice(top, bottom), slice(start // blocksize, -(-end // blocksize))
+            if scale is None or not (usual or _usual(most[values])):
+                exact(torch.arange(at, at + len(high)))
                 continue
-            some = numbers[:n].view(count, width).copy_(rows[top:bottom, left:right])
-            scale = STEPS / most.clamp(min=USUAL[0])
-            for many, of_block in _by_blocks(some, scale, phase, blocksize):
-                many.mul_(of_block)
-            places[:n].copy_(numbers[:n])
-            if n % 2:
-                places[n] = 0
+            some.copy_(rows[top:bottom, left:right])
+            for many, blocks in parts:
+                many.mul_(scale[values][:, blocks, None])
+            place.copy_(some)
+            if some.numel() % 2:
+                places[some.numel()] = 0
             # Two places are one word, the first its low half.
-            np.bitwise_and(pairs[:m], LOW_HALF, out=halves[:m])
-            torch.index_select(table, 0, index[:m], out=codes[0, :m])
-            np.right_shift(pairs[:m], SIXTEEN, out=halves[:m])
-            torch.index_select(table, 0, index[:m], out=codes[1, :m])
-            if m % 8:
-                codes[:, m : m + -m % 8] = 0
-            high, low = codes.numpy()[:, : m + -m % 8].view(np.uint64)
-            marks = (high | low) & UNSURE_WORD
-            np.bitwise_and(high << FOUR, HIGH_NIBBLES, out=high)
-            np.bitwise_or(high, low, out=high)
-            out[at : at + m] = codes[0, :m]
-            found = np.flatnonzero(marks != 0)  # a comparison and a search among bools are faster than one among words
+            np.bitwise_and(pairs, LOW_HALF, out=halves)
+            torch.index_select(table, 0, half, out=high)
+            np.right_shift(pairs, SIXTEEN, out=halves)
+            torch.index_select(table, 0, half, out=low)
+            if len(high) % 8:
+                codes[:, len(high) : len(high) + 8] = 0
+            marks = (words[0] | words[1]) & UNSURE_WORD
+            np.bitwise_and(words[0] << FOUR, HIGH_NIBBLES, out=words[0])
+            np.bitwise_or(words[0], words[1], out=words[0])
+            out[at : at + len(high)] = high
+            (found,) = np.nonzero(marks != 0)  # a comparison and a search among bools are faster than one among words
             if len(found):
-                unsure.append((found * 8 + at, marks[found]))
+                unsure.append((at, found, marks[found]))
                 waiting += len(found)
                 if waiting > PIECE // 16:  # few are in a piece: they wait for others, but no more than this
                     mend(unsure)
@@ -411,6 +611,10 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
         if unsure:
             mend(unsure)
 
+    most, scale, usual = absmax, None, False
+    if _regular(lines, blocksize):
+        most = absmax.as_strided((lines.count, -(-(phase + lines.width) // blocksize)), (lines.stride // blocksize, 1), first)
+        scale, usual = STEPS / most.clamp(min=USUAL[0]), _usual(most)
     _work_on(pieces, work)
     if lines.total % blocksize:  # of the last block numbers are divided by absmax
         inside = lines.start + (lines.count - 1) * lines.stride + lines.width - lines.total // blocksize * blocksize
@@ -469,17 +673,21 @@ def _dequantize(shard: Shard, out: Tensor) -> Tensor:
     def work(queue: Iterator[_Piece]) -> None:
         size = _size(pieces)
         numbers, index = torch.empty(size), torch.empty(size // 2, dtype=torch.int32)
-        pairs = numbers.view(torch.int64)
+
+        @cache
+        def views(lines: int, width: int, phase: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, slice]]]:
+            m, some = -(-lines * width // 2), numbers[: lines * width].view(lines, width)
+            return index[:m], numbers.view(torch.int64)[:m], some, _by_blocks(some, phase, blocksize)
+
         for top, bottom, left, right in queue:
-            n = (bottom - top) * (right - left)
-            bytes_, at = -(-n // 2), (top * lines.width + left) // 2
-            index[:bytes_].copy_(shard.data[at : at + bytes_])
-            torch.index_select(table, 0, index[:bytes_], out=pairs[:bytes_])
-            some = numbers[:n].view(bottom - top, right - left)
             start, end = phase + left, phase + right
+            at = (top * lines.width + left) // 2
+            byte, pairs, some, parts = views(bottom - top, right - left, start % blocksize)
+            byte.copy_(shard.data[at : at + len(byte)])
+            torch.index_select(table, 0, byte, out=pairs)
             values = absmax[top:bottom, start // blocksize : -(-end // blocksize)]
-            for many, of_block in _by_blocks(some, values, start % blocksize, blocksize):
-                many.mul_(of_block)
+            for many, blocks in parts:
+                many.mul_(values[:, blocks, None])
             rows[top:bottom, left:right].copy_(some)
 
     _work_on(pieces, work)
@@ -504,7 +712,7 @@ def block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
     _check_numbers(x, lines)
     if not x.numel():
         return torch.zeros(-(-lines.total // blocksize), device=x.device)
-    return _block_absmax(x, lines, blocksize)
+    return (_fused_block_absmax if fused(x) else _block_absmax)(x, lines, blocksize)
 
 
 def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
@@ -549,7 +757,7 @@ def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type
         raise ValueError(f"absmax {_said(absmax)}: float32 [{blocks}] on {x.device} was expected")
     if not x.numel():
         return torch.empty(0, dtype=torch.uint8, device=x.device)
-    return _quantize(x, absmax.contiguous(), lines, blocksize, quant_type)
+    return (_fused_quantize if fused(x) else _quantize)(x, absmax.contiguous(), lines, blocksize, quant_type)
 
 
 def dequantize(shard: Shard, out: Tensor) -> Tensor:
@@ -566,7 +774,9 @@ def dequantize(shard: Shard, out: Tensor) -> Tensor:
         raise ValueError(f"absmax {_said(shard.absmax)}: [{lines.count}, M] of {'uint8' if double else 'float32'} was expected")
     if out.numel() != lines.numel or not out.is_contiguous() or not out.is_floating_point() or out.device != data.device:
         raise ValueError(f"out {_said(out)}: {lines.numel} numbers, contiguous, floating, on {data.device} were expected")
-    return _dequantize(shard, out) if out.numel() else out
+    if not out.numel():
+        return out
+    return (_fused_dequantize if fused(out) else _dequantize)(shard, out)
 
 
 def _said(x: Tensor) -> str:
