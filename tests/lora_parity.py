@@ -5,30 +5,34 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import oracle
 import parity
+import preferences
 import tiny
 import torch
 import torch.distributed as dist
 from parity import Case, Run
 from torch import Tensor, nn
 
-from megamod import checkpoint
+from megamod import checkpoint, losses
 from megamod.batch import Batch
 from megamod.config import LoraConfig, ModelConfig, OptimConfig, ParallelConfig, as_json
 from megamod.config import load as load_config
 from megamod.losses import LossFunction
 from megamod.model.build import build, data_parallel
-from megamod.model.lora import Adapters
+from megamod.model.lora import Adapters, Plan
+from megamod.model.shape import read_shape
 from megamod.optim import Optimizer
 from megamod.parallel.grid import Grid, started
+from megamod.reference import Reference
 from megamod.step import eval_step, train_step
 from megamod.train import train
 from megamod.weights import fingerprint, peft
-from megamod.weights.load import Tensors, load
+from megamod.weights.load import Tensors, load, weights_at
 from megamod.weights.quantization import Quantization
 from megamod.weights.table import frozen, placed
 from megamod_kernels.lora import Dropout, dropout_keep
@@ -282,6 +286,38 @@ def choose(one: LoraCase, other: LoraConfig) -> dict[str, list[float]]:
             run.step()
             run.optimizer.step(1e-2)
         return found | {"bare": [evaluated(parity.prepare(one.case, grid))]}
+
+
+def preferring(one: LoraCase, expected_file: str) -> tuple[float, float]:
+    """A step of DPO whose reference is the base: the error of the loss on this rank, and the worst of a gradient."""
+    value, gradients = torch.load(expected_file, weights_only=True)
+    with started(one.case.parallel, tiny.shape(one.case.model)) as grid:
+        run, adapters = prepare(one, grid)
+        loss, case = preferences.LOSSES["dpo"], one.case
+        cfg = preferences.config(loss, lora=one.lora)
+        shape = tiny.shape(case.model).quantized(one.quantization)
+        reference = Reference(cfg, shape, grid, run.optimizer.chunks, adapters.items, adapters, Tensors({}))
+        loader = preferences.loader(case.model, grid.dp.rank, grid.dp.size, case.count(grid))
+        batches = reference.complete(loader.step(0), partial(loader.mismatched, 0, grid.pp.size))
+        metrics = train_step(run.optimizer.chunks, batches, loss, grid)
+        off = abs(float(metrics["loss"]) - float(value)) / abs(float(value)) if metrics else 0.0
+        return off, parity.worst(run, gradients, parity.gradient)
+
+
+def beside_transformers(path: str, adapter: str, q: Quantization, batch: Batch, expected_file: str) -> tuple[float, float]:
+    """A step on two tp ranks in fp32 on the base at `path`: the error of the loss on this rank, and the worst of a gradient."""
+    value, gradients = torch.load(expected_file, weights_only=True)
+    shape = read_shape(path).quantized(q)
+    with started(ParallelConfig(tp=2, sp=True), shape) as grid:
+        chunks, _ = build(ModelConfig(path=path, dtype="float32", recompute="full"), shape, grid)
+        base = weights_at(path, shape, 0)
+        load(chunks, shape, grid, base)
+        plan = Plan.of(LoraConfig(path=adapter), shape)
+        adapters = plan.attach(chunks, shape, grid, base, 0, Path("unused"))
+        wrapped = data_parallel(chunks, grid)
+        run = Run(grid, Case("", ParallelConfig()), Optimizer(OptimConfig(), wrapped, adapters.items, grid))
+        metrics = train_step(wrapped, [batch], losses.cross_entropy, grid)
+        return abs(float(metrics["loss"]) - value) / value, parity.worst(run, gradients, parity.gradient)
 
 
 def evaluated(run: Run) -> float:

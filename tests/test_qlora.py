@@ -4,6 +4,7 @@ What is in 4 bits is made and read by bitsandbytes. Blocks of 32 to 1,024 number
 parallelism falls inside blocks, and blocks go over rows.
 """
 
+import json
 import os
 from dataclasses import replace
 from itertools import product
@@ -11,18 +12,25 @@ from pathlib import Path
 
 import distributed
 import lora_parity as lora
+import numpy as np
+import oracle
 import parity
+import preferences
 import pytest
 import tiny
 import torch
 from lora_parity import LoraCase
 from parity import Case
+from safetensors.torch import save_file
 
 from megamod.config import LoraConfig, OptimConfig
 from megamod.config import ParallelConfig as P
-from megamod.weights import fingerprint
+from megamod.data.documents import IGNORED, Document
+from megamod.data.packing import micro_batch
+from megamod.model.shape import shape_of
+from megamod.weights import bitsandbytes, fingerprint, peft
 from megamod.weights.bitsandbytes import Quantizing
-from megamod.weights.load import Tensors
+from megamod.weights.load import SINGLE, Random, Tensors
 from megamod.weights.quantization import Quantization
 
 TOLERANCE = 1e-11
@@ -91,15 +99,77 @@ def test_grid(number: int, expected: str) -> None:
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.5)
 
 
-@pytest.mark.parametrize("adapter", ["all", "dora"])
-def test_ten_steps(adapter: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapter", "grid"), [("all", P(tp=2, pp=2, sp=True)), ("dora", P(tp=4, cp=2))], ids=["all", "dora"])
+def test_ten_steps(adapter: str, grid: P, tmp_path: Path) -> None:
     """The norm at each of ten steps of AdamW with clipping, and the weights after them."""
     model, cfg, q = "qwen2-1kv", ADAPTERS[adapter], QUANTIZATIONS[0]
-    grids = [P(tp=2, pp=2, sp=True), P(tp=4, cp=2)]
-    cases = [LoraCase(cfg, Case(model, grid, "full"), q) for grid in grids]
-    torch.save({cases[0].key: lora.steps(cfg, model, OPTIM, 10, q)}, tmp_path / "steps.pt")
-    for answer in distributed.run(distributed.WORLD, lora.optimize, cases, OPTIM, str(tmp_path / "steps.pt")):
-        assert max(max(one) for one in answer) <= TOLERANCE
+    one = LoraCase(cfg, Case(model, grid, "full"), q)
+    torch.save({one.key: lora.steps(cfg, model, OPTIM, 10, q)}, tmp_path / "steps.pt")
+    for ((norm, weight),) in distributed.run(distributed.WORLD, lora.optimize, [one], OPTIM, str(tmp_path / "steps.pt")):
+        assert max(norm, weight) <= TOLERANCE
+
+
+@pytest.mark.parametrize("grid", [P(tp=2, pp=2, sp=True), P(tp=2, cp=2), P(tp=4, sp=True)], ids=["tp-pp-sp", "tp-cp", "tp-sp"])
+def test_dpo(grid: P, tmp_path: Path) -> None:
+    """DPO on a base in 4 bits, which is the reference: loss and every gradient."""
+    model, cfg, q = "qwen2-1kv", ADAPTERS["all"], QUANTIZATIONS[0]
+    made, policy = preferences.loader(model), lora.oracle_of(cfg, model, lora.weights(cfg, model), {}, q)
+    batches = preferences.completed(lora.Plain(policy), lora.in_4_bits(oracle.model(model), q), made.step(0), made.mismatched(0))
+    value, gradients = oracle.run(lora.Plain(policy), batches, preferences.LOSSES["dpo"])
+    assert float(value) != pytest.approx(float(np.log(2)), rel=1e-2)  # as it would be if the policy were the reference
+    found = {name: param.grad for name, param in lora.trained(policy).items()}
+    torch.save((value, found), tmp_path / "dpo.pt")
+    assert gradients
+    one = LoraCase(cfg, Case(model, grid), q)
+    assert max(max(answer) for answer in distributed.run(distributed.WORLD, lora.preferring, one, str(tmp_path / "dpo.pt"))) <= TOLERANCE
+
+
+def test_transformers_with_bitsandbytes_and_peft_say_the_same(tmp_path: Path) -> None:
+    """Their own 4-bit linears, which compute in fp32 at most, in a model that transformers has loaded from our directory."""
+    import bitsandbytes as bnb
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = tiny.config("qwen3", hidden_size=64, intermediate_size=192, head_dim=16)  # rows of whole blocks
+    shape = shape_of(config)
+    cfg, q = LoraConfig(r=4, lora_alpha=8), Quantization()
+    drawn = Random(shape, 3, std=0.15)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({name: drawn.read(name, [0] * len(size), size).bfloat16() for name, size in drawn.shapes().items()}, base / SINGLE)
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}))
+    bitsandbytes.quantize(base, tmp_path / "in_4_bits", q)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(*size, generator=generator) * 0.1 for name, size in peft.tensors(cfg, shape).items()}
+    peft.write(tmp_path / "adapter", tensors, cfg, shape, base=str(base))
+
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "in_4_bits", dtype=torch.float32)
+    for module in hf.modules():
+        if isinstance(module, bnb.nn.Linear4bit):  # whose values are rounded to bfloat16 otherwise
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+    theirs = PeftModel.from_pretrained(hf, str(tmp_path / "adapter"), is_trainable=True).train()
+    batch = micro_batch([[document(20, shape.vocab, seed) for seed in range(3)]], 60)
+    losses_of_theirs, first = [], 0
+    for n in batch.lengths:
+        ids = batch.tokens[first : first + n].long()[None]
+        losses_of_theirs.append(theirs(input_ids=ids, labels=ids).loss)
+        first += n
+    value = torch.stack(losses_of_theirs).mean()
+    value.backward()
+    grads = {name: param.grad for name, param in lora.trained(theirs).items()}
+    assert len(grads) == len(tensors)
+    torch.save((value.item(), grads), tmp_path / "expected.pt")
+    for origin in ("base", "in_4_bits"):  # quantised on the way, and as they are
+        where = (str(tmp_path / origin), str(tmp_path / "adapter"), q, batch, str(tmp_path / "expected.pt"))
+        for loss, gradient in distributed.run(2, lora.beside_transformers, *where):
+            assert loss < 1e-5
+            assert gradient < 1e-4
+
+
+def document(length: int, vocab: int, seed: int) -> Document:
+    """All of whose tokens but the first are trained, as transformers' `labels=input_ids` has it."""
+    tokens = np.random.default_rng(seed).integers(vocab, size=length).astype(np.int32)
+    return Document(tokens, np.concatenate([[IGNORED], tokens[1:]]), np.zeros(length, np.bool_))
 
 
 def test_a_base_in_4_bits_has_one_fingerprint() -> None:
