@@ -96,7 +96,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(directory: Path) -> dict[str, Tensor]:
     """Each weight as bitsandbytes dequantises it, in fp32; others as they are stored.
 
-    As one row: with AVX-512 its CPU kernel takes wrong absmax values for matrices of even width that begin a row inside a block.
+    As one row: with AVX-512 its CPU kernel takes wrong absmax values where the width is a multiple of 16, and not of the block size.
     """
     tensors = load_file(directory / SINGLE)
     result = {}
