@@ -144,8 +144,10 @@ def test_transformers_with_bitsandbytes_and_peft_say_the_same(tmp_path: Path) ->
     peft.write(tmp_path / "adapter", tensors, cfg, shape, base=str(base))
 
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "in_4_bits", dtype=torch.float32)
+    for param in hf.parameters():  # all is in bfloat16 otherwise, whatever dtype was asked for
+        param.data = param.data.float() if param.is_floating_point() else param.data
     for module in hf.modules():
-        if isinstance(module, bnb.nn.Linear4bit):  # whose values are rounded to bfloat16 otherwise
+        if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = module.weight.quant_state.dtype = torch.float32
     theirs = PeftModel.from_pretrained(hf, str(tmp_path / "adapter"), is_trainable=True).train()
     batch = micro_batch([[document(20, shape.vocab, seed) for seed in range(3)]], 60)
