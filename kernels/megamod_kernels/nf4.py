@@ -129,7 +129,8 @@ class Absmax:
 
     def of(self, lines: Lines, blocksize: int) -> Tensor:
         """`[lines, M]`: those of a shard, as it keeps them; zeros past the end of a line and of the tensor."""
-        block = lines.blocks(blocksize)[:, None] + torch.arange(lines.touched(blocksize))
+        device = self.values.device
+        block = lines.blocks(blocksize).to(device)[:, None] + torch.arange(lines.touched(blocksize), device=device)
         inside = block < len(self.values)
         return torch.where(inside, self.values[block.clamp(max=len(self.values) - 1)], 0).to(self.values.dtype)
 
@@ -266,10 +267,12 @@ if triton is not None:
         tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _code_of(x, a, divided, limits, order):  # type: ignore[no-untyped-def]
+    def _code_of(x, a, divided, limits, order, PARTIAL: tl.constexpr):  # type: ignore[no-untyped-def]
         """The code of numbers x in blocks with absmax a; NaN is not below any limit."""
         a = tl.maximum(a, 1e-38, propagate_nan=tl.PropagateNan.ALL)
-        scaled = tl.where(divided, tl.div_rn(x, a), x * tl.div_rn(tl.full(a.shape, 1.0, tl.float32), a))
+        scaled = x * tl.div_rn(tl.full(a.shape, 1.0, tl.float32), a)
+        if PARTIAL:
+            scaled = tl.where(divided, tl.div_rn(x, a), scaled)
         code = tl.full(scaled.shape, 0, tl.int32) + tl.load(order)
         for i in tl.static_range(15):
             code = tl.where(scaled <= tl.load(limits + i), code, tl.load(order + i + 1))
@@ -278,11 +281,11 @@ if triton is not None:
     @triton.jit
     def _quantize_kernel(  # type: ignore[no-untyped-def]
         x, absmax, limits, order, out, n, width, start, stride, row, whole,
-        SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+        SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, PARTIAL: tl.constexpr,
     ):  # fmt: skip
-        """A program: UNITS times UNIT bytes of codes; counts as in _dequantize_kernel. The block `whole` is not full: it is divided.
+        """A program: UNITS times UNIT bytes of codes; counts as in _dequantize_kernel. x has its lines `row` numbers apart.
 
-        x has its lines `row` numbers apart.
+        Where PARTIAL, the block that comes after `whole` ones is not full, and its numbers are divided.
         """
         unit = tl.program_id(0).to(tl.int32 if UNIT == 16 else tl.int64) * UNITS + tl.arange(0, UNITS)  # 2^31 units are enough, bytes not
         if UNIT == 16:
@@ -291,14 +294,14 @@ if triton is not None:
             a = tl.load(absmax + block, mask=inside, other=1.0)[:, None]
             here = line.to(tl.int64)[:, None] * row + column.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
             values = tl.load(x + here, mask=inside[:, None], other=0.0).to(tl.float32)  # [UNITS, 32]
-            code = _code_of(values, a, (block == whole)[:, None], limits, order)
+            code = _code_of(values, a, (block == whole)[:, None], limits, order, PARTIAL)
         else:
             number = (2 * unit)[:, None] + tl.arange(0, 2)[None, :]  # [UNITS, 2]
             inside = number < n
             line, column, block, _ = _block_of(number, width, start, stride, SIZE)
             a = tl.load(absmax + block, mask=inside, other=1.0)
             values = tl.load(x + line * row + column, mask=inside, other=0.0).to(tl.float32)
-            code = _code_of(values, a, block == whole, limits, order)
+            code = _code_of(values, a, block == whole, limits, order, PARTIAL)
             inside = 2 * unit < n
         high, low = tl.split(code.reshape(UNITS, UNIT, 2))
         at = unit.to(tl.int64)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
@@ -374,8 +377,8 @@ def _fused_quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, qua
     out = x.new_empty(-(-lines.numel // 2), dtype=torch.uint8)
     with torch.cuda.device_of(x):
         _quantize_kernel[grid](
-            rows, absmax, limits, order, out, n, width, start, stride, row, lines.total // blocksize if lines.total % blocksize else -1,
-            SIZE=blocksize // numbers, UNIT=unit, UNITS=units, num_warps=4, enable_fp_fusion=False,
+            rows, absmax, limits, order, out, n, width, start, stride, row, lines.total // blocksize,
+            SIZE=blocksize // numbers, UNIT=unit, UNITS=units, PARTIAL=lines.total % blocksize != 0, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
