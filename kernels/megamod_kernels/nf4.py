@@ -43,7 +43,6 @@ SMALLEST = 1e-38  # a block of zeros is divided by it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that can be quantised
 PIECE = 1 << 19  # numbers that a core takes at a time: what it makes of them stays in its cache
 STEPS = 32767  # on the CPU codes are looked up by x / a in 16 bits; 0 … ± 1 in so many
-UNSURE = 16  # beside a code: both sides of a midpoint have these 16 bits
 USUAL = 2.0**-100, 2.0**100  # absmax for which x · (STEPS / a) is off by less than a hundredth
 
 # fmt: off
@@ -523,19 +522,22 @@ def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
 
 
 LOW_HALF, SIXTEEN = np.uint32(0xFFFF), np.uint32(16)
-HIGH_NIBBLES, UNSURE_WORD, FOUR = np.uint64(0xF0F0_F0F0_F0F0_F0F0), np.uint64(0x0101_0101_0101_0101 * UNSURE), np.uint64(4)
 
 
 @cache
 def _place_codes(quant_type: QuantType) -> Tensor:
-    """`[65536]` uint8: of each x / a · STEPS, cut to an integer of 16 bits, the code, or UNSURE where a midpoint is too near."""
+    """`[2, 65536]` uint8: of each x / a · STEPS, cut to an integer of 16 bits, the code as a byte's high half, and as its low one.
+
+    Where a midpoint is too near there is a mark in the other half.
+    """
     limits, order = bounds(quant_type)
     place = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).double()
     near = 1 / 64  # more than the product's error
     low = (place - (place <= 0) * 1.0 - near) / STEPS
     high = (place + (place >= 0) * 1.0 + near) / STEPS
     below, above = (torch.bucketize(end, limits.double()) for end in (low, high))
-    return torch.where(below == above, order[below], UNSURE).to(torch.uint8)
+    sure, code = below == above, order[below]
+    return torch.stack((torch.where(sure, code << 4, 1), torch.where(sure, code, 1 << 4))).to(torch.uint8)
 
 
 def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
@@ -544,7 +546,8 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
     out = torch.empty(-(-lines.numel // 2), dtype=torch.uint8)
     first, phase = divmod(lines.start, blocksize)
     pieces = _pieces(lines.count, lines.width, phase - phase % 2)
-    table = _place_codes(quant_type)
+    table_high, table_low = _place_codes(quant_type)
+    codes = out.numpy()
 
     def exact(place: Tensor) -> None:
         """Make these bytes of `out`, whatever they are of."""
@@ -568,24 +571,25 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
     def work(queue: Iterator[_Piece]) -> None:
         size = _size(pieces)
         numbers, places = torch.empty(size), torch.zeros(size, dtype=torch.int16)
-        index, codes = torch.empty(size // 2, dtype=torch.int32), torch.zeros(2, size // 2, dtype=torch.uint8)
+        index, lows = torch.empty(size // 2, dtype=torch.int32), torch.empty(size // 2, dtype=torch.uint8)
+        doubts, spare = np.zeros((2, size // 2), np.uint8)
 
         @cache
         def views(lines: int, width: int, phase: int) -> tuple[Any, ...]:
             n, m = lines * width, -(-lines * width // 2)
-            some, words = numbers[:n].view(lines, width), codes[:, : m + -m % 8].numpy().view(np.uint64)
+            some = numbers[:n].view(lines, width)
             pairs, halves = places[: 2 * m].numpy().view(np.uint32), index[:m].numpy().view(np.uint32)
-            return some, _by_blocks(some, phase, blocksize), places[:n].view(lines, width), pairs, halves, index[:m], codes[:, :m], words
+            return some, _by_blocks(some, phase, blocksize), places[:n].view(lines, width), pairs, halves, index[:m], lows[:m]
 
         unsure: list[tuple[int, np.ndarray, np.ndarray]] = []
         waiting = 0
         for top, bottom, left, right in queue:
             start, end = phase + left, phase + right
-            at = (top * lines.width + left) // 2
-            some, parts, place, pairs, halves, half, (high, low), words = views(bottom - top, right - left, start % blocksize)
+            at, m = (top * lines.width + left) // 2, -(-(bottom - top) * (right - left) // 2)
+            some, parts, place, pairs, halves, half, low = views(bottom - top, right - left, start % blocksize)
             values = slice(top, bottom), slice(start // blocksize, -(-end // blocksize))
             if scale is None or not (usual or _usual(most[values])):
-                exact(torch.arange(at, at + len(high)))
+                exact(torch.arange(at, at + m))
                 continue
             some.copy_(rows[top:bottom, left:right])
             for many, blocks in parts:
@@ -595,15 +599,14 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
                 places[some.numel()] = 0
             # Two places are one word, the first its low half.
             np.bitwise_and(pairs, LOW_HALF, out=halves)
-            torch.index_select(table, 0, half, out=high)
+            torch.index_select(table_high, 0, half, out=out[at : at + m])
             np.right_shift(pairs, SIXTEEN, out=halves)
-            torch.index_select(table, 0, half, out=low)
-            if len(high) % 8:
-                codes[:, len(high) : len(high) + 8] = 0
-            marks = (words[0] | words[1]) & UNSURE_WORD
-            np.bitwise_and(words[0] << FOUR, HIGH_NIBBLES, out=words[0])
-            np.bitwise_or(words[0], words[1], out=words[0])
-            out[at : at + len(high)] = high
+            torch.index_select(table_low, 0, half, out=low)
+            high, low = codes[at : at + m], low.numpy()
+            np.bitwise_or(np.bitwise_and(high, 0x0F, out=doubts[:m]), np.bitwise_and(low, 0xF0, out=spare[:m]), out=doubts[:m])
+            np.bitwise_or(high, low, out=high)
+            doubts[m : m + 7] = 0
+            marks = doubts[: m + -m % 8].view(np.uint64)
             (found,) = np.nonzero(marks != 0)  # a comparison and a search among bools are faster than one among words
             if len(found):
                 unsure.append((at, found, marks[found]))
