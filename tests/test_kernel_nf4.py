@@ -379,7 +379,7 @@ def test_threads_do_not_change_the_result(odd: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_callers_modes_do_not_matter() -> None:
-    """Leaves that ask for gradients, inference mode, memory that is not contiguous, more threads than one."""
+    """Leaves that ask for gradients, inference mode, memory that is not contiguous, another default dtype."""
     x = random(128, 64).requires_grad_()
     absmax, kept = statistics(x, 64, nested=True)
     made = shard(x, absmax, kept, whole(x.shape), 64, "nf4")
@@ -388,6 +388,17 @@ def test_callers_modes_do_not_matter() -> None:
         again = shard(x.clone(), absmax, kept, whole(x.shape), 64, "nf4")
         found = dequantize(again, torch.empty(x.shape))
     assert torch.equal(made.data, again.data)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for table in (nf4.dynamic_map, nf4._nearest_dynamic, nf4.bounds, nf4._place_codes, nf4._pairs):
+            table.cache_clear()
+        absmax, kept = statistics(x, 64, nested=True)
+        again = shard(x, absmax, kept, whole(x.shape), 64, "nf4")
+        assert again.nested is not None and made.nested is not None
+        assert torch.equal(made.data, again.data) and torch.equal(made.absmax, again.absmax) and torch.equal(made.nested, again.nested)
+        assert torch.equal(found, dequantize(again, torch.empty(x.shape, dtype=torch.float32)))
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(found, dequantize(made, torch.empty(x.shape)))
 
 

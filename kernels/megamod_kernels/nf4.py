@@ -144,7 +144,7 @@ def dynamic_map() -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        ends = torch.linspace(0.1, 1, 2**i + 1)
+        ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         middles = (ends[:-1] + ends[1:]) / 2 * 10 ** (i - 6)
         values += [*middles.tolist(), *(-middles).tolist()]
     return torch.tensor(sorted(values), dtype=torch.float32)
@@ -333,7 +333,12 @@ def fused(x: Tensor) -> bool:
 def _tables(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fp32 codes, midpoints, int32 codes in the order of their numbers, dynamic_map."""
     limits, order = bounds(quant_type)
-    return torch.tensor(CODES[quant_type], device=device), limits.to(device), order.int().to(device), dynamic_map().to(device)
+    return (
+        torch.tensor(CODES[quant_type], dtype=torch.float32, device=device),
+        limits.to(device),
+        order.int().to(device),
+        dynamic_map().to(device),
+    )
 
 
 def _units(lines: Lines, *aligned: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -483,7 +488,7 @@ def _by_blocks(numbers: Tensor, phase: int, blocksize: int) -> list[tuple[Tensor
 
 def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
     """block_absmax_ref. Numbers without their sign have the order of their bits, NaN the last."""
-    found = torch.zeros(-(-lines.total // blocksize))
+    found = torch.zeros(-(-lines.total // blocksize), dtype=torch.float32)
     rows = x.detach().reshape(lines.count, lines.width)
     if not _regular(lines, blocksize):
         for top, bottom, left, right in _pieces(lines.count, lines.width):
@@ -570,7 +575,7 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
 
     def work(queue: Iterator[_Piece]) -> None:
         size = _size(pieces)
-        numbers, places = torch.empty(size), torch.zeros(size, dtype=torch.int16)
+        numbers, places = torch.empty(size, dtype=torch.float32), torch.zeros(size, dtype=torch.int16)
         index, lows = torch.empty(size // 2, dtype=torch.int32), torch.empty(size // 2, dtype=torch.uint8)
         doubts, spare = np.zeros((2, size // 2), np.uint8)
 
@@ -649,7 +654,7 @@ def _absmax(shard: Shard) -> Tensor:
         return shard.absmax
     codes, nested, offset = shard.absmax, shard.nested, shard.offset
     first, dynamic = shard.lines.blocks(shard.blocksize)[:, None], dynamic_map()
-    out = torch.empty(codes.shape)
+    out = torch.empty(codes.shape, dtype=torch.float32)
 
     def work(queue: Iterator[_Piece]) -> None:
         for top, bottom, left, right in queue:
@@ -678,7 +683,7 @@ def _dequantize(shard: Shard, out: Tensor) -> Tensor:
 
     def work(queue: Iterator[_Piece]) -> None:
         size = _size(pieces)
-        numbers, index = torch.empty(size), torch.empty(size // 2, dtype=torch.int32)
+        numbers, index = torch.empty(size, dtype=torch.float32), torch.empty(size // 2, dtype=torch.int32)
 
         @cache
         def views(lines: int, width: int, phase: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, slice]]]:
@@ -717,7 +722,7 @@ def block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
     _check(lines, blocksize)
     _check_numbers(x, lines)
     if not x.numel():
-        return torch.zeros(-(-lines.total // blocksize), device=x.device)
+        return torch.zeros(-(-lines.total // blocksize), dtype=torch.float32, device=x.device)
     return (_fused_block_absmax if fused(x) else _block_absmax)(x, lines, blocksize)
 
 
@@ -729,11 +734,15 @@ def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
 
 
 def compress(absmax: Tensor) -> Absmax:
-    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits. On the CPU, where a single thread sums up in the same order on every machine."""
+    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits, made on the CPU.
+
+    There a single thread's sum is the same each time, and bitsandbytes' with one thread.
+    """
     values = absmax.cpu()
     with _one_thread():
         offset = values.mean()
-    codes, nested = torch.empty(len(values), dtype=torch.uint8), torch.empty(-(-len(values) // NESTED))
+    codes = torch.empty(len(values), dtype=torch.uint8)
+    nested, table = torch.empty(-(-len(values) // NESTED), dtype=torch.float32), _nearest_dynamic()
 
     def work(queue: Iterator[_Piece]) -> None:
         for _, _, left, right in queue:
@@ -741,7 +750,7 @@ def compress(absmax: Tensor) -> Absmax:
             largest = centred.abs().amax(1)
             place = centred.mul_((1.0 / largest)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5).mul_(PLACES - 1).add_(0.5)
             place = place.nan_to_num_(0).int().flatten()[: right - left]  # of a nested block of zeros: code 0
-            torch.index_select(_nearest_dynamic(), 0, place, out=codes[left:right])
+            torch.index_select(table, 0, place, out=codes[left:right])
             nested[left // NESTED : -(-right // NESTED)] = largest
 
     if len(values):
