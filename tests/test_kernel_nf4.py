@@ -241,6 +241,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> s
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     even = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
@@ -249,21 +250,30 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> s
 
 
 POINTERS = {"data": "*u8", "nested": "*fp32", "dynamic": "*fp32", "offset": "*fp32", "code": "*fp32", "limits": "*fp32", "order": "*i32"}
+ONES = dict.fromkeys(("n", "width", "start", "stride", "M", "row", "tiles", "whole"), 1)  # triton compiles ones in
 needs_compiler = pytest.mark.skipif(nf4.triton is None or nf4.INTERPRETED, reason="nothing to compile with")
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("unit", "double"), [(16, True), (16, False), (1, True)])
-def test_kernels_compile_for_a_gpu(unit: int, double: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "unit", "double", "ones"),
+    [("bf16", 16, True, False), ("fp16", 16, False, False), ("fp32", 16, True, False), ("bf16", 1, True, False), ("fp32", 1, False, True)],
+)
+def test_kernels_compile_for_a_gpu(
+    unit: int, double: bool, ones: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In pieces of 16 bytes where they can, without a fused multiply-add, dividing as IEEE 754 has it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compiled now, not once
     sizes = {"SIZE": 2 if unit == 16 else 64, "UNIT": unit, "UNITS": 128 if unit == 16 else 1024}
     types = {**POINTERS, "absmax": "*u8" if double else "*fp32", "out": f"*{dtype}"}
     none = {} if double else {"nested": None, "offset": None}
-    read = compiled(nf4._dequantize_kernel, types, {**sizes, "DOUBLE": double, **none})
-    made = compiled(nf4._quantize_kernel, {**POINTERS, "x": f"*{dtype}", "absmax": "*fp32", "out": "*u8"}, sizes)
-    most = compiled(nf4._absmax_kernel, {"x": f"*{dtype}", "found": "*i32"}, {"SIZE": 64, "BLOCKS": 64})
+    counts = ONES if ones else {}
+    read = compiled(nf4._dequantize_kernel, types, {**sizes, "DOUBLE": double, **none, **counts})
+    types = {**POINTERS, "x": f"*{dtype}", "absmax": "*fp32", "out": "*u8"}
+    made = compiled(nf4._quantize_kernel, types, {**sizes, "PARTIAL": unit == 1, **counts})
+    most = compiled(nf4._absmax_kernel, {"x": f"*{dtype}", "found": "*i32"}, {"SIZE": 64, "BLOCKS": 64, **counts})
+    if ones:
+        return
     if unit == 16:
         assert "ld.global.v4.b32" in read and "st.global.v4.b32" in read
         assert "ld.global.v4.b32" in made
@@ -369,7 +379,7 @@ def test_threads_do_not_change_the_result(odd: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_callers_modes_do_not_matter() -> None:
-    """Leaves that ask for gradients, inference mode, memory that is not contiguous, more threads than one."""
+    """Leaves that ask for gradients, inference mode, memory that is not contiguous, another default dtype."""
     x = random(128, 64).requires_grad_()
     absmax, kept = statistics(x, 64, nested=True)
     made = shard(x, absmax, kept, whole(x.shape), 64, "nf4")
@@ -378,6 +388,17 @@ def test_callers_modes_do_not_matter() -> None:
         again = shard(x.clone(), absmax, kept, whole(x.shape), 64, "nf4")
         found = dequantize(again, torch.empty(x.shape))
     assert torch.equal(made.data, again.data)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for table in (nf4.dynamic_map, nf4._nearest_dynamic, nf4.bounds, nf4._place_codes, nf4._pairs):
+            table.cache_clear()
+        absmax, kept = statistics(x, 64, nested=True)
+        again = shard(x, absmax, kept, whole(x.shape), 64, "nf4")
+        assert again.nested is not None and made.nested is not None
+        assert torch.equal(made.data, again.data) and torch.equal(made.absmax, again.absmax) and torch.equal(made.nested, again.nested)
+        assert torch.equal(found, dequantize(again, torch.empty(x.shape, dtype=torch.float32)))
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(found, dequantize(made, torch.empty(x.shape)))
 
 

@@ -43,7 +43,6 @@ SMALLEST = 1e-38  # a block of zeros is divided by it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that can be quantised
 PIECE = 1 << 19  # numbers that a core takes at a time: what it makes of them stays in its cache
 STEPS = 32767  # on the CPU codes are looked up by x / a in 16 bits; 0 … ± 1 in so many
-UNSURE = 16  # beside a code: both sides of a midpoint have these 16 bits
 USUAL = 2.0**-100, 2.0**100  # absmax for which x · (STEPS / a) is off by less than a hundredth
 
 # fmt: off
@@ -129,7 +128,8 @@ class Absmax:
 
     def of(self, lines: Lines, blocksize: int) -> Tensor:
         """`[lines, M]`: those of a shard, as it keeps them; zeros past the end of a line and of the tensor."""
-        block = lines.blocks(blocksize)[:, None] + torch.arange(lines.touched(blocksize))
+        device = self.values.device
+        block = lines.blocks(blocksize).to(device)[:, None] + torch.arange(lines.touched(blocksize), device=device)
         inside = block < len(self.values)
         return torch.where(inside, self.values[block.clamp(max=len(self.values) - 1)], 0).to(self.values.dtype)
 
@@ -144,7 +144,7 @@ def dynamic_map() -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        ends = torch.linspace(0.1, 1, 2**i + 1)
+        ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         middles = (ends[:-1] + ends[1:]) / 2 * 10 ** (i - 6)
         values += [*middles.tolist(), *(-middles).tolist()]
     return torch.tensor(sorted(values), dtype=torch.float32)
@@ -266,10 +266,12 @@ if triton is not None:
         tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _code_of(x, a, divided, limits, order):  # type: ignore[no-untyped-def]
+    def _code_of(x, a, divided, limits, order, PARTIAL: tl.constexpr):  # type: ignore[no-untyped-def]
         """The code of numbers x in blocks with absmax a; NaN is not below any limit."""
         a = tl.maximum(a, 1e-38, propagate_nan=tl.PropagateNan.ALL)
-        scaled = tl.where(divided, tl.div_rn(x, a), x * tl.div_rn(tl.full(a.shape, 1.0, tl.float32), a))
+        scaled = x * tl.div_rn(tl.full(a.shape, 1.0, tl.float32), a)
+        if PARTIAL:
+            scaled = tl.where(divided, tl.div_rn(x, a), scaled)
         code = tl.full(scaled.shape, 0, tl.int32) + tl.load(order)
         for i in tl.static_range(15):
             code = tl.where(scaled <= tl.load(limits + i), code, tl.load(order + i + 1))
@@ -278,11 +280,11 @@ if triton is not None:
     @triton.jit
     def _quantize_kernel(  # type: ignore[no-untyped-def]
         x, absmax, limits, order, out, n, width, start, stride, row, whole,
-        SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+        SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, PARTIAL: tl.constexpr,
     ):  # fmt: skip
-        """A program: UNITS times UNIT bytes of codes; counts as in _dequantize_kernel. The block `whole` is not full: it is divided.
+        """A program: UNITS times UNIT bytes of codes; counts as in _dequantize_kernel. x has its lines `row` numbers apart.
 
-        x has its lines `row` numbers apart.
+        Where PARTIAL, the block that comes after `whole` ones is not full, and its numbers are divided.
         """
         unit = tl.program_id(0).to(tl.int32 if UNIT == 16 else tl.int64) * UNITS + tl.arange(0, UNITS)  # 2^31 units are enough, bytes not
         if UNIT == 16:
@@ -291,14 +293,14 @@ if triton is not None:
             a = tl.load(absmax + block, mask=inside, other=1.0)[:, None]
             here = line.to(tl.int64)[:, None] * row + column.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
             values = tl.load(x + here, mask=inside[:, None], other=0.0).to(tl.float32)  # [UNITS, 32]
-            code = _code_of(values, a, (block == whole)[:, None], limits, order)
+            code = _code_of(values, a, (block == whole)[:, None], limits, order, PARTIAL)
         else:
             number = (2 * unit)[:, None] + tl.arange(0, 2)[None, :]  # [UNITS, 2]
             inside = number < n
             line, column, block, _ = _block_of(number, width, start, stride, SIZE)
             a = tl.load(absmax + block, mask=inside, other=1.0)
             values = tl.load(x + line * row + column, mask=inside, other=0.0).to(tl.float32)
-            code = _code_of(values, a, block == whole, limits, order)
+            code = _code_of(values, a, block == whole, limits, order, PARTIAL)
             inside = 2 * unit < n
         high, low = tl.split(code.reshape(UNITS, UNIT, 2))
         at = unit.to(tl.int64)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
@@ -331,7 +333,12 @@ def fused(x: Tensor) -> bool:
 def _tables(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fp32 codes, midpoints, int32 codes in the order of their numbers, dynamic_map."""
     limits, order = bounds(quant_type)
-    return torch.tensor(CODES[quant_type], device=device), limits.to(device), order.int().to(device), dynamic_map().to(device)
+    return (
+        torch.tensor(CODES[quant_type], dtype=torch.float32, device=device),
+        limits.to(device),
+        order.int().to(device),
+        dynamic_map().to(device),
+    )
 
 
 def _units(lines: Lines, *aligned: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -374,8 +381,8 @@ def _fused_quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, qua
     out = x.new_empty(-(-lines.numel // 2), dtype=torch.uint8)
     with torch.cuda.device_of(x):
         _quantize_kernel[grid](
-            rows, absmax, limits, order, out, n, width, start, stride, row, lines.total // blocksize if lines.total % blocksize else -1,
-            SIZE=blocksize // numbers, UNIT=unit, UNITS=units, num_warps=4, enable_fp_fusion=False,
+            rows, absmax, limits, order, out, n, width, start, stride, row, lines.total // blocksize,
+            SIZE=blocksize // numbers, UNIT=unit, UNITS=units, PARTIAL=lines.total % blocksize != 0, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -481,7 +488,7 @@ def _by_blocks(numbers: Tensor, phase: int, blocksize: int) -> list[tuple[Tensor
 
 def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
     """block_absmax_ref. Numbers without their sign have the order of their bits, NaN the last."""
-    found = torch.zeros(-(-lines.total // blocksize))
+    found = torch.zeros(-(-lines.total // blocksize), dtype=torch.float32)
     rows = x.detach().reshape(lines.count, lines.width)
     if not _regular(lines, blocksize):
         for top, bottom, left, right in _pieces(lines.count, lines.width):
@@ -520,19 +527,22 @@ def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
 
 
 LOW_HALF, SIXTEEN = np.uint32(0xFFFF), np.uint32(16)
-HIGH_NIBBLES, UNSURE_WORD, FOUR = np.uint64(0xF0F0_F0F0_F0F0_F0F0), np.uint64(0x0101_0101_0101_0101 * UNSURE), np.uint64(4)
 
 
 @cache
 def _place_codes(quant_type: QuantType) -> Tensor:
-    """`[65536]` uint8: of each x / a · STEPS, cut to an integer of 16 bits, the code, or UNSURE where a midpoint is too near."""
+    """`[2, 65536]` uint8: of each x / a · STEPS, cut to an integer of 16 bits, the code as a byte's high half, and as its low one.
+
+    Where a midpoint is too near there is a mark in the other half.
+    """
     limits, order = bounds(quant_type)
     place = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).double()
     near = 1 / 64  # more than the product's error
     low = (place - (place <= 0) * 1.0 - near) / STEPS
     high = (place + (place >= 0) * 1.0 + near) / STEPS
     below, above = (torch.bucketize(end, limits.double()) for end in (low, high))
-    return torch.where(below == above, order[below], UNSURE).to(torch.uint8)
+    sure, code = below == above, order[below]
+    return torch.stack((torch.where(sure, code << 4, 1), torch.where(sure, code, 1 << 4))).to(torch.uint8)
 
 
 def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
@@ -541,7 +551,8 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
     out = torch.empty(-(-lines.numel // 2), dtype=torch.uint8)
     first, phase = divmod(lines.start, blocksize)
     pieces = _pieces(lines.count, lines.width, phase - phase % 2)
-    table = _place_codes(quant_type)
+    table_high, table_low = _place_codes(quant_type)
+    codes = out.numpy()
 
     def exact(place: Tensor) -> None:
         """Make these bytes of `out`, whatever they are of."""
@@ -564,25 +575,26 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
 
     def work(queue: Iterator[_Piece]) -> None:
         size = _size(pieces)
-        numbers, places = torch.empty(size), torch.zeros(size, dtype=torch.int16)
-        index, codes = torch.empty(size // 2, dtype=torch.int32), torch.zeros(2, size // 2, dtype=torch.uint8)
+        numbers, places = torch.empty(size, dtype=torch.float32), torch.zeros(size, dtype=torch.int16)
+        index, lows = torch.empty(size // 2, dtype=torch.int32), torch.empty(size // 2, dtype=torch.uint8)
+        doubts, spare = np.zeros((2, size // 2), np.uint8)
 
         @cache
         def views(lines: int, width: int, phase: int) -> tuple[Any, ...]:
             n, m = lines * width, -(-lines * width // 2)
-            some, words = numbers[:n].view(lines, width), codes[:, : m + -m % 8].numpy().view(np.uint64)
+            some = numbers[:n].view(lines, width)
             pairs, halves = places[: 2 * m].numpy().view(np.uint32), index[:m].numpy().view(np.uint32)
-            return some, _by_blocks(some, phase, blocksize), places[:n].view(lines, width), pairs, halves, index[:m], codes[:, :m], words
+            return some, _by_blocks(some, phase, blocksize), places[:n].view(lines, width), pairs, halves, index[:m], lows[:m]
 
         unsure: list[tuple[int, np.ndarray, np.ndarray]] = []
         waiting = 0
         for top, bottom, left, right in queue:
             start, end = phase + left, phase + right
-            at = (top * lines.width + left) // 2
-            some, parts, place, pairs, halves, half, (high, low), words = views(bottom - top, right - left, start % blocksize)
+            at, m = (top * lines.width + left) // 2, -(-(bottom - top) * (right - left) // 2)
+            some, parts, place, pairs, halves, half, low = views(bottom - top, right - left, start % blocksize)
             values = slice(top, bottom), slice(start // blocksize, -(-end // blocksize))
             if scale is None or not (usual or _usual(most[values])):
-                exact(torch.arange(at, at + len(high)))
+                exact(torch.arange(at, at + m))
                 continue
             some.copy_(rows[top:bottom, left:right])
             for many, blocks in parts:
@@ -592,15 +604,14 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
                 places[some.numel()] = 0
             # Two places are one word, the first its low half.
             np.bitwise_and(pairs, LOW_HALF, out=halves)
-            torch.index_select(table, 0, half, out=high)
+            torch.index_select(table_high, 0, half, out=out[at : at + m])
             np.right_shift(pairs, SIXTEEN, out=halves)
-            torch.index_select(table, 0, half, out=low)
-            if len(high) % 8:
-                codes[:, len(high) : len(high) + 8] = 0
-            marks = (words[0] | words[1]) & UNSURE_WORD
-            np.bitwise_and(words[0] << FOUR, HIGH_NIBBLES, out=words[0])
-            np.bitwise_or(words[0], words[1], out=words[0])
-            out[at : at + len(high)] = high
+            torch.index_select(table_low, 0, half, out=low)
+            high, low = codes[at : at + m], low.numpy()
+            np.bitwise_or(np.bitwise_and(high, 0x0F, out=doubts[:m]), np.bitwise_and(low, 0xF0, out=spare[:m]), out=doubts[:m])
+            np.bitwise_or(high, low, out=high)
+            doubts[m : m + 7] = 0
+            marks = doubts[: m + -m % 8].view(np.uint64)
             (found,) = np.nonzero(marks != 0)  # a comparison and a search among bools are faster than one among words
             if len(found):
                 unsure.append((at, found, marks[found]))
@@ -643,7 +654,7 @@ def _absmax(shard: Shard) -> Tensor:
         return shard.absmax
     codes, nested, offset = shard.absmax, shard.nested, shard.offset
     first, dynamic = shard.lines.blocks(shard.blocksize)[:, None], dynamic_map()
-    out = torch.empty(codes.shape)
+    out = torch.empty(codes.shape, dtype=torch.float32)
 
     def work(queue: Iterator[_Piece]) -> None:
         for top, bottom, left, right in queue:
@@ -672,7 +683,7 @@ def _dequantize(shard: Shard, out: Tensor) -> Tensor:
 
     def work(queue: Iterator[_Piece]) -> None:
         size = _size(pieces)
-        numbers, index = torch.empty(size), torch.empty(size // 2, dtype=torch.int32)
+        numbers, index = torch.empty(size, dtype=torch.float32), torch.empty(size // 2, dtype=torch.int32)
 
         @cache
         def views(lines: int, width: int, phase: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, slice]]]:
@@ -711,7 +722,7 @@ def block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
     _check(lines, blocksize)
     _check_numbers(x, lines)
     if not x.numel():
-        return torch.zeros(-(-lines.total // blocksize), device=x.device)
+        return torch.zeros(-(-lines.total // blocksize), dtype=torch.float32, device=x.device)
     return (_fused_block_absmax if fused(x) else _block_absmax)(x, lines, blocksize)
 
 
@@ -723,11 +734,15 @@ def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
 
 
 def compress(absmax: Tensor) -> Absmax:
-    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits. On the CPU, where a single thread sums up in the same order on every machine."""
+    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits, made on the CPU.
+
+    There a single thread's sum is the same each time, and bitsandbytes' with one thread.
+    """
     values = absmax.cpu()
     with _one_thread():
         offset = values.mean()
-    codes, nested = torch.empty(len(values), dtype=torch.uint8), torch.empty(-(-len(values) // NESTED))
+    codes = torch.empty(len(values), dtype=torch.uint8)
+    nested, table = torch.empty(-(-len(values) // NESTED), dtype=torch.float32), _nearest_dynamic()
 
     def work(queue: Iterator[_Piece]) -> None:
         for _, _, left, right in queue:
@@ -735,7 +750,7 @@ def compress(absmax: Tensor) -> Absmax:
             largest = centred.abs().amax(1)
             place = centred.mul_((1.0 / largest)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5).mul_(PLACES - 1).add_(0.5)
             place = place.nan_to_num_(0).int().flatten()[: right - left]  # of a nested block of zeros: code 0
-            torch.index_select(_nearest_dynamic(), 0, place, out=codes[left:right])
+            torch.index_select(table, 0, place, out=codes[left:right])
             nested[left // NESTED : -(-right // NESTED)] = largest
 
     if len(values):
