@@ -415,23 +415,12 @@ def _unused_reference(cfg: RunConfig) -> list[tuple[bool, str, str]]:
 
 def loss_name(function: Callable[..., Any]) -> str:
     """What a loss is called, whatever `functools.partial` binds."""
-    return _name(_innermost(function))
-
-
-def _innermost(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What `functools.partial`s are partials of."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
+    return _name(losses.unbound(function)[0])
 
 
 def _check_loss(function: Callable[..., Any]) -> None:
     """A loss is called with a head and a batch; the keywords that `partial` binds must be its own, of the types it declares."""
-    bound: dict[str, Any] = {}
-    inner: Any = function
-    while isinstance(inner, functools.partial):
-        bound = {**inner.keywords, **bound}
-        inner = inner.func
+    inner, bound = losses.unbound(function)
     try:
         own = inspect.signature(inner)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in own.parameters.values())
@@ -531,7 +520,7 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
 
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     """The types that a function's arguments declare; none where they cannot be known here."""
-    function = _innermost(function)
+    function, _ = losses.unbound(function)
     try:
         return typing.get_type_hints(function if inspect.isroutine(function) else type(function).__call__)
     except (NameError, TypeError, AttributeError):

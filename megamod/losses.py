@@ -64,9 +64,16 @@ def needs(*what: Need) -> Callable[[Function], Function]:
 
 def needs_of(loss: Callable[..., Any]) -> frozenset[Need]:
     """What `loss` was marked with; nothing where it was not."""
-    while isinstance(loss, partial):
-        loss = loss.func
-    return getattr(loss, "needs", frozenset())
+    return getattr(unbound(loss)[0], "needs", frozenset())
+
+
+def unbound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What `functools.partial`s are partials of, and the keywords that they bind."""
+    bound: dict[str, Any] = {}
+    while isinstance(function, partial):
+        bound = {**function.keywords, **bound}
+        function = function.func
+    return function, bound
 
 
 # --- supervised ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,22 +28,33 @@ from megamod.model.build import Decoder, build
 from megamod.model.head import Head
 from megamod.model.lora import REFERENCE, Adapters, Plan
 from megamod.model.shape import Shape, read_shape
-from megamod.parallel.collectives import gathered, on_first, together
+from megamod.parallel.collectives import on_first, together
 from megamod.parallel.grid import Grid
-from megamod.step import Chunks, collect
+from megamod.step import Chunks, collect, collect_rows
 from megamod.weights import fingerprint, peft
 from megamod.weights.bitsandbytes import quantised
 from megamod.weights.load import Source, load, weights_at
 from megamod.weights.table import Held, Placed
 
+Place = Literal["nowhere", "copy", "beside", "beneath"]
 WAVE = 16  # packed rows of each data-parallel rank and stage between two parts of what is stored
+
+
+def place_of(cfg: RunConfig) -> Place:
+    """Where the run's reference is in memory: a second model, an adapter beside the trained one, or the base beneath it."""
+    r, lora = cfg.reference, cfg.lora
+    if "reference" not in losses.needs_of(cfg.loss) or r.kind in ("stored", "uniform"):
+        return "nowhere"
+    if r.kind == "model" or lora is None:
+        return "copy"
+    # The start of a new adapter is the base alone; a reference that follows it is an adapter too.
+    is_adapter = r.kind == "adapter" or (r.kind == "start" and (lora.path is not None or r.sync_every is not None))
+    return "beside" if is_adapter else "beneath"
 
 
 def is_copy(cfg: RunConfig) -> bool:
     """Whether the reference is a second model in memory."""
-    if "reference" not in losses.needs_of(cfg.loss):
-        return False
-    return cfg.reference.kind == "model" or (cfg.reference.kind == "start" and cfg.lora is None)
+    return place_of(cfg) == "copy"
 
 
 def adapter_beside(cfg: RunConfig, shape: Shape, plan: Plan | None) -> peft.Adapter | Plan | None:
@@ -51,12 +63,11 @@ def adapter_beside(cfg: RunConfig, shape: Shape, plan: Plan | None) -> peft.Adap
     Raises:
         MegamodError: see `peft.opened`.
     """
-    if cfg.lora is None or "reference" not in losses.needs_of(cfg.loss):
+    if place_of(cfg) != "beside":
         return None
-    path = {"start": cfg.lora.path, "adapter": cfg.reference.path}.get(cfg.reference.kind)
-    if path is not None:
-        return peft.opened(path, shape)
-    return plan if cfg.reference.sync_every is not None else None  # a new adapter is nothing at first, and then is something
+    assert cfg.lora is not None
+    path = cfg.reference.path if cfg.reference.kind == "adapter" else cfg.lora.path
+    return plan if path is None else peft.opened(path, shape)
 
 
 class Reference:
@@ -66,7 +77,7 @@ class Reference:
         cfg: of the run: its `reference`, and its loss, which says what it needs.
         chunks: the trained model's, bare or wrapped.
         items: where its trained parameters lie.
-        adapters: of a run with adapters, with the frozen one REFERENCE among them where `Plan.attach` was asked for it.
+        adapters: of a run with adapters, among them REFERENCE where `adapter_beside` gave one.
         source: the weights that the run begins from.
         stored: the documents with what is stored of them, of a reference of kind stored.
 
@@ -88,11 +99,13 @@ class Reference:
         own: Sequence[Held] = ()
         kind = cfg.reference.kind
         self.identity: str = kind if stored is None else f"{kind} {stored.digest}"
-        if is_copy(cfg):
+        place = place_of(cfg)
+        if place == "copy":
             self._chunks, own = _copy(cfg, shape, grid, source)
-        elif adapters is not None and "reference" in self._needs and stored is None:
-            name = REFERENCE if REFERENCE in adapters.configs else None
-            self._using = lambda: adapters.using(name)
+        elif place != "nowhere":
+            assert adapters is not None
+            name = REFERENCE if place == "beside" else None
+            self._using = partial(adapters.using, name)
             own = adapters.placed[name] if name is not None else ()
         if own:
             self.identity = f"{kind} {fingerprint.of_model(own, grid)}"
@@ -201,7 +214,7 @@ def ask_all(chunks: Chunks, documents: Documents, cfg: RunConfig, grid: Grid, pa
         parts: a folder for this model and these documents alone; it must be there.
         wave: rows that each data-parallel rank and stage takes between two parts.
     """
-    length, each = cfg.data.row_length, grid.dp.size * grid.pp.size  # the interleaved schedule takes micro-batches by the stage
+    length, each = cfg.data.row_length, grid.dp.size * grid.pp.size
     groups = grouped(documents.joined)
     packed = pack(groups.sums(documents.lengths), length).of(groups).tolist()
     waves = [packed[first : first + wave * each] for first in range(0, len(packed), wave * each)]
@@ -213,13 +226,10 @@ def ask_all(chunks: Chunks, documents: Documents, cfg: RunConfig, grid: Grid, pa
         for i, rows in enumerate(waves):
             if i in done:
                 continue
-            rows = rows + [[]] * (-len(rows) % each)
-            mine = [micro_batch([[documents[n] for n in row]], length) for row in rows[grid.dp.rank :: grid.dp.size]]
-            answers = collect(chunks, mine, _logprobs, grid)
-            speaks = grid.is_last_stage and grid.tp.rank == 0 and grid.cp.rank == 0
-            shares = gathered((grid.dp.rank, [answer.float().numpy() for answer in answers]) if speaks else None)
-            by_rank = dict(share for share in shares if share is not None)
-            found = [by_rank[n % grid.dp.size][n // grid.dp.size] for n in range(len(rows))]
+            found = collect_rows(
+                chunks, rows, lambda row: micro_batch([[documents[n] for n in row]], length),
+                lambda head, batch: _logprobs(head, batch).float(), grid,
+            )  # fmt: skip
             together(partial(_keep, parts / f"{i:06d}.npz", rows, found), acts=grid.rank == 0)
             bar.update(sum(map(len, rows)))
     return together(lambda: _joined(parts, len(waves), documents), acts=grid.rank == 0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -115,6 +116,23 @@ def collect(chunks: Chunks, batches: Sequence[Batch], ask: Callable[[Head, Batch
         return answers
     shares = gathered(answers, grid.cp.group)  # a rank's positions follow those of the rank before it
     return [torch.cat(parts) for parts in zip(*shares, strict=True)]
+
+
+def collect_rows(
+    chunks: Chunks, rows: Sequence[Sequence[int]], made: Callable[[Sequence[int]], Batch], ask: Callable[[Head, Batch], Tensor], grid: Grid
+) -> list[npt.NDArray[Any]]:
+    """`collect` of packed rows that every rank knows: data-parallel ranks take them in turns, and all have all the answers.
+
+    Args:
+        rows: what each row holds, documents' numbers.
+        made: a row's micro-batch; also of no documents, since stages of the interleaved schedule ask for so many micro-batches.
+    """
+    shares = [*rows, *[[]] * (-len(rows) % (grid.dp.size * grid.pp.size))][grid.dp.rank :: grid.dp.size]
+    answers = collect(chunks, [made(row) for row in shares], ask, grid)
+    speaks = grid.is_last_stage and grid.tp.rank == 0 and grid.cp.rank == 0
+    told = gathered((grid.dp.rank, [answer.numpy() for answer in answers]) if speaks else None)
+    by_rank = dict(one for one in told if one is not None)
+    return [by_rank[n % grid.dp.size][n // grid.dp.size] for n in range(len(rows))]
 
 
 def _metrics(

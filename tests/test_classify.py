@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from test_chat import GUARD, WHERE, documents, made, row
 from test_chat import oracle as template_ids
 from torch import Tensor, nn
+from written import write
 
 from megamod import checkpoint, config, losses
 from megamod.config import (
@@ -72,11 +73,6 @@ PAIRS = [
     {"prompt": f"{what} {thing}?", "chosen": f"I will not {what.lower()} {thing}.", "rejected": f"Yes: {'first ' * n}take {thing}."}
     for n, (what, thing) in enumerate(THINGS)
 ]
-
-
-def write(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,60 @@ def test_logits_of_all_columns_never_exist(monkeypatch: pytest.MonkeyPatch, boun
     assert largest.elements == n * vocab
 
 
+class Products(TorchDispatchMode):
+    """`with Products() as products:` counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func).startswith(("aten.mm.", "aten.addmm"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_kept_logits_save_products_and_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, trained: tuple[bool, bool], entropy: bool, dtype: torch.dtype
+) -> None:
+    n, c, vocab, width = 7, 5, 26, 8
+    blocks = -(-vocab // width)
+    monkeypatch.setattr(head_module, "CPU_COLUMNS", width)
+    ids = torch.arange(n)
+    results = []
+    for held in (0, 1, 3, blocks):
+        bound = (min(held * width, vocab) * n + n) * dtype.itemsize  # and a column, which is no block
+        monkeypatch.setattr(head_module, "KEPT_BYTES", bound)
+        inputs = [random(n, c, seed=1).to(dtype), random(vocab, c, seed=2).to(dtype)]
+        for x, wanted in zip(inputs, trained, strict=True):
+            x.requires_grad_(wanted)
+        with Products() as products:
+            head = Head.whole(*inputs)
+            value = head.entropy() if entropy else head.logprobs(ids)
+            kept = value.grad_fn.kept  # type: ignore[union-attr]
+            assert len(kept) == held
+            assert sum(z.nbytes for z in kept.values()) <= bound
+            learnt = [x for x in inputs if x.requires_grad]
+            first = torch.autograd.grad(value.sum(), learnt, retain_graph=True)
+            assert not kept, "nothing is held once it was used"
+        assert products.count == blocks * (2 + sum(trained)) - held
+        again = torch.autograd.grad(value.sum(), learnt)
+        results.append([value, *first])
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+
+
+def test_without_a_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    apply = head_module._Vocabulary.apply
+    monkeypatch.setattr(head_module._Vocabulary, "apply", lambda *args: asked.append(args[-1]) or apply(*args))
+    head = Head.whole(random(5, 4, seed=1).requires_grad_(), random(9, 4, seed=2).requires_grad_())
+    with torch.no_grad():
+        head.logprobs(torch.arange(5))
+    head.logprobs(torch.arange(5))
+    assert asked == [0, head_module.KEPT_BYTES]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_shape_any_padding_any_chunk(data: st.DataObject) -> None:
@@ -191,6 +245,7 @@ def test_any_shape_any_padding_any_chunk(data: st.DataObject) -> None:
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_module, "CHUNK_BYTES", chunk * vocab * 8)
+        patch.setattr(head_module, "KEPT_BYTES", data.draw(st.integers(0, 6 * 6 * 8)))
         for make in (Head, Plain):
             hidden, weight = random(tokens, 1, 3, seed=1).requires_grad_(), random(vocab + padding, 3, seed=2).requires_grad_()
             head = make(hidden, weight, vocab, rows)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from complaints import complaint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from written import write
 
 from megamod import checkpoint
 from megamod.config import ChatConfig
@@ -53,11 +54,6 @@ def refusal(name: str, *arguments: str | Path) -> str:
     (line,) = [line for line in done.stderr.splitlines() if "warn" not in line.lower()]
     assert line.startswith("megamod: error: ")
     return line.removeprefix("megamod: error: ")
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -172,16 +172,16 @@ def ask_twice(folder: str) -> Any:
     shape = model_shape(cfg)
     documents = synthetic(cfg.data.train, shape.vocab, cfg.data.row_length, 1)  # type: ignore[arg-type]
     calls: list[int] = []
-    original = reference.collect
+    original = reference.collect_rows
 
-    def counted(chunks: Any, batches: Any, *rest: Any) -> Any:
-        calls.append(len(batches))
-        return original(chunks, batches, *rest)
+    def counted(chunks: Any, rows: Any, *rest: Any) -> Any:
+        calls.append(len(rows))
+        return original(chunks, rows, *rest)
 
     with started(cfg.parallel, shape) as grid:
         chunks, _ = build(cfg.model, shape, grid)
         fill(chunks, shape, grid, weights_of(cfg, shape))
-        reference.collect = counted
+        reference.collect_rows = counted
         try:
             found, waves = [], []
             for lost in (None, "000001.npz"):
@@ -193,7 +193,7 @@ def ask_twice(folder: str) -> Any:
                 found.append([v.tolist() for v in values] if values is not None else None)
                 waves.append(len(calls))
         finally:
-            reference.collect = original
+            reference.collect_rows = original
         return *found, [waves[0] - waves[1], waves[1] - 1]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 import tiny
 import torch
 from complaints import complaint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_weights import write_tokenizer
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from megamod.config import (
 )
 from megamod.data.jsonl import row_of
 from megamod.data.tokenizer import Tokenizer
-from megamod.model.shape import read_shape, shape_of
+from megamod.model.shape import Score, read_config, read_shape, shape_of, with_score
 from megamod.parallel.grid import started
 from megamod.train import train
 from megamod.weights import peft
@@ -80,7 +81,7 @@ def made(base: Path, directory: Path, cfg: LoraConfig, seed: int, size: float = 
 def ours(base: Path, adapters: Mapping[str, Path], prompts: Sequence[str]) -> dict[str | None, Tensor]:
     shape, tokenizer = read_shape(base), Tokenizer(base)
     with started(ParallelConfig(), shape) as grid:
-        return tool.next_tokens(grid, shape, base, adapters, [prompt_of(tokenizer, text).ids for text in prompts], "float32")
+        return tool.here(grid, shape, base, adapters, [prompt_of(tokenizer, text).ids for text in prompts], "float32")
 
 
 def prompt_of(tokenizer: Tokenizer, text: str) -> tool.Prompt:
@@ -236,8 +237,10 @@ class Oracle:
 
 
 @contextmanager
-def serving(answer: Callable[[Mapping[str, Any]], Reply], models: Sequence[str] = ("base", "mod")) -> Iterator[str]:
-    """The URL of a server that gives `answer` for completions."""
+def serving(
+    answer: Callable[[Mapping[str, Any]], Reply], models: Sequence[str] = ("base", "mod"), page: str = "/v1/completions"
+) -> Iterator[str]:
+    """The URL of a server that gives `answer` on its page."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -245,8 +248,10 @@ def serving(answer: Callable[[Mapping[str, Any]], Reply], models: Sequence[str] 
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            known = self.path == "/v1/completions" and body["model"] in models
-            self._say(*(answer(body) if known else (404, {"error": {"message": "The model does not exist."}})))
+            if self.path != page:
+                self._say(404, {"detail": "Not Found"})
+            else:
+                self._say(*(answer(body) if body["model"] in models else (404, {"error": {"message": "The model does not exist."}})))
 
         def _say(self, status: int, content: Any) -> None:
             self.send_response(status)
@@ -285,7 +290,7 @@ def test_a_server_that_says_the_same(base: Path, adapter: Path, prompts: Path, s
         assert tool.main(["--url", f"{url}/v1/", "--served", "mod", *arguments]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line.partition(", then")[0] for line in lines] == [f"{prompts}:{i + 1}: {n} tokens" for i, n in enumerate((6, 3, 9, 14))]
-    assert last.startswith(f"{url}/v1/, mod: equal: 4 prompts, largest difference ")
+    assert last.startswith(f"{url}, mod: equal: 4 prompts, largest difference ")
     worst, alone = (float(last.split(f"{words} ")[1].split(",")[0]) for words in ("largest difference", "of the base alone"))
     assert worst < 1e-4 < TOLERANCE < alone
 
@@ -345,3 +350,129 @@ def test_what_counts_as_a_difference() -> None:
     # Token 1 is at most as likely there as the least of those that are named.
     assert tool.difference({0: log[0], 3: log[3]}, ours) == pytest.approx(log[1] - log[3])
     assert tool.difference({0: log[0], 1: float("nan")}, ours) == float("inf")
+
+
+# --- the same of classifiers -------------------------------------------------------------------------------------------------
+
+CLASSIFIERS = {
+    "classes": Score(("safe", "controversial", "unsafe"), "single_label_classification"),
+    "kinds": Score(("safe", "Violent", "PII"), "multi_label_classification"),
+    "reward": Score(("reward",), "regression"),
+}
+
+
+def classifier(base: Path, directory: Path, score: Score, seed: int = 1) -> Path:
+    """As an export is: the base with scores that are far enough from 0 that texts differ."""
+    shutil.copytree(base, directory)
+    (directory / "config.json").write_text(json.dumps(with_score(read_config(base), score, 0)))
+    tensors = {name: tensor for name, tensor in load_file(base / "model.safetensors").items() if name != "lm_head.weight"}
+    ((name, size),) = ((name, size) for name, size in hf_shapes(read_shape(directory)).items() if name not in tensors)
+    tensors[name] = 0.3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+class Classifying:
+    """transformers behind vLLM's /classify: its own words for probabilities, `labels` of them, with or without token ids."""
+
+    def __init__(self, directory: Path, takes_ids: bool = True, labels: int | None = None) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self._tokenizer, self._takes_ids, self._labels = AutoTokenizer.from_pretrained(directory), takes_ids, labels
+        self._model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def __call__(self, body: Mapping[str, Any]) -> Reply:
+        assert body["add_special_tokens"] is False
+        ids = body["input"]
+        if isinstance(ids, str):
+            ids = self._tokenizer(ids, add_special_tokens=False)["input_ids"]
+        elif not self._takes_ids:
+            return 422, {"error": {"message": "a string was expected"}}
+        scores = self._model(torch.tensor([ids])).logits[0]
+        wording = {"single_label_classification": torch.nn.Softmax(-1), "multi_label_classification": torch.nn.Sigmoid()}
+        probs = wording.get(self._model.config.problem_type, torch.nn.Identity())(scores).tolist()[: self._labels]
+        return 200, {"data": [{"index": 0, "probs": probs, "num_classes": len(probs)}], "usage": {"prompt_tokens": len(ids)}}
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_server_of_a_classifier(
+    base: Path, prompts: Path, tmp_path: Path, name: str, takes_ids: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = classifier(base, tmp_path / name, CLASSIFIERS[name])
+    with serving(Classifying(directory, takes_ids), page="/classify") as url:
+        assert tool.main(["--url", url, "--served", "mod", "--model", str(directory), "--transformers", str(prompts)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    said = [line.partition(f"{prompts}:")[2].partition(": ")[2] for line in lines]
+    assert [line.partition(" tokens, ")[0] for line in said] == ["5", "2", "8", "13"], "without what asks for an answer"
+    assert all(line.partition(" tokens, ")[2].partition(":")[0] in CLASSIFIERS[name].labels for line in said)
+    assert last.startswith(f"{url}, mod: equal: 4 texts, largest difference ")
+    differences = [float(last.split(words)[1].split()[0].rstrip(",")) for words in ("largest difference ", "of transformers ", " and ")]
+    assert max(differences) < 1e-5
+    assert last.endswith("from the server, tolerance 0.05")
+
+
+def test_a_server_of_another_classifier(base: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (classifier(base, tmp_path / str(seed), CLASSIFIERS["classes"], seed) for seed in (1, 2))
+    with serving(Classifying(other), page="/classify") as url:
+        assert tool.main(["--url", url, "--served", "mod", "--model", str(one), str(prompts)]) == 1
+    assert ", mod: DIFFERENT: 4 texts, largest difference " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_texts_that_tell_nothing(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = classifier(base, tmp_path / "classifier", CLASSIFIERS["classes"])
+    (tmp_path / "one.jsonl").write_text('{"text": "w1"}\n')
+    with serving(Classifying(directory), page="/classify") as url:
+        assert tool.main(["--url", url, "--served", "mod", "--model", str(directory), str(tmp_path / "one.jsonl")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the model says much the same of all these texts")
+
+
+def test_classifiers_that_cannot_be_compared(base: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = CLASSIFIERS["classes"]
+    directory = classifier(base, tmp_path / "classifier", score)
+    every_token = tmp_path / "every"
+    shutil.copytree(base, every_token)
+    of_tokens = Score(("safe", "unsafe"), "single_label_classification", every_token=True)
+    (every_token / "config.json").write_text(json.dumps(with_score(read_config(base), of_tokens, 0)))
+
+    def refused(url: str, *arguments: str) -> str:
+        assert tool.main(["--url", url, "--served", "mod", *arguments, str(prompts)]) == 1
+        out, err = capsys.readouterr()
+        assert not out
+        assert len(err.splitlines()) == 1
+        return err.removeprefix("megamod: error: ").removeprefix(url).rstrip("\n")
+
+    def answering(answer: Callable[[Mapping[str, Any]], Reply], **options: Any) -> str:
+        with serving(answer, **{"page": "/classify", **options}) as url:
+            return refused(url, "--model", str(directory))
+
+    nowhere = "http://127.0.0.1:9"
+    assert answering(Classifying(directory, labels=2)) == (
+        f": 2 probabilities in the answer, and the model has {score}: is it another model?"
+    )
+    assert answering(Classifying(directory), page="/v1/completions") == "/classify: status 404: Not Found"
+    assert answering(Classifying(directory), models=["mood"]) == ": serves no model 'mod', did you mean 'mood'?"
+    for empty in ({"data": []}, {"data": [{"probs": None}]}, {"data": [{"probs": ["x"]}]}, {"choices": []}):
+        said = answering(lambda body, empty=empty: (200, empty))
+        assert said == ": no probabilities in the answer (data[0].probs): vLLM's /classify was expected"
+    longer = {"data": [{"probs": [0.2, 0.3, 0.5]}], "usage": {"prompt_tokens": 6}}
+    assert answering(lambda body: (200, longer)) == ": read a prompt of 5 tokens as 6: they were sent as ids"
+    assert refused(nowhere, "--model", str(every_token)).endswith(f"it has {of_tokens}: a head for whole texts was expected")
+    assert refused(nowhere, "--model", str(directory), "--adapter", "x").startswith("--adapter: servers take no adapter that brings a head")
+    assert refused(nowhere, "--model", str(base), "--transformers").startswith(f"--transformers: {base} is no classifier: ")
+    assert refused(nowhere, "--model", str(directory)).startswith(": no server answers there (")
+    weights = load_file(directory / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    shape = read_shape(directory)
+    said = complaint(lambda: tool.transformers_says(directory, shape, [prompt_of(Tokenizer(base), "w1")]))
+    assert said == f"{directory}: transformers finds no score.weight in it"
+    (directory / "model.safetensors").write_bytes(b"no")
+    said = complaint(lambda: tool.transformers_says(directory, shape, []))
+    assert said.startswith(f"{directory}: transformers cannot load a classifier from it: ")
+
+
+def test_a_nan_is_no_small_difference() -> None:
+    ours = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    assert tool.apart(torch.tensor([[0.5, 0.5], [0.6, float("nan")]]), ours).tolist() == [0.0, float("inf")]

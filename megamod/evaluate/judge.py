@@ -35,9 +35,8 @@ from megamod.evaluate.metrics import Judged
 from megamod.model.build import Decoder
 from megamod.model.head import Head
 from megamod.model.shape import Score
-from megamod.parallel.collectives import gathered
 from megamod.parallel.grid import Grid
-from megamod.step import collect
+from megamod.step import collect_rows
 from megamod.verdicts import SEVERITIES, Severity, Verdict
 
 WAVE = 16  # packed rows of each data-parallel rank and stage between two movements of the progress bar
@@ -392,27 +391,17 @@ class _Asker:
         lengths = [len(query.tokens) for query in queries]
         row_length = self._fitted(lengths)
         packed = pack(lengths, row_length)
-        each = grid.dp.size * grid.pp.size  # the interleaved schedule takes micro-batches by the stage
+        each = grid.dp.size * grid.pp.size
         found: dict[int, Answer] = {}
         with tqdm(total=len(queries), desc=what, unit=" texts", delay=3, mininterval=1, disable=not self._progress) as bar:
             for first in range(0, len(packed), WAVE * each):
                 rows = packed[first : first + WAVE * each].tolist()
-                rows += [[]] * (-len(rows) % each)
-                mine = [self._batch([queries[i] for i in row], row_length) for row in rows[grid.dp.rank :: grid.dp.size]]
-                answers = self._gathered(collect(self._chunks, mine, question, grid), len(rows))
+                answers = collect_rows(self._chunks, rows, lambda row: self._batch([queries[i] for i in row], row_length), question, grid)
                 for row, answer in zip(rows, answers, strict=True):
                     borders = np.cumsum([len(queries[i].at) for i in row])[:-1]
                     found.update(zip(row, np.split(answer, borders), strict=False))
                 bar.update(sum(map(len, rows)))
         return [found[i] for i in range(len(queries))]
-
-    def _gathered(self, answers: Sequence[Tensor], rows: int) -> list[npt.NDArray[np.float64]]:
-        """Every row's answers, from the last stage's data-parallel ranks to all."""
-        grid = self._grid
-        speaks = grid.is_last_stage and grid.tp.rank == 0 and grid.cp.rank == 0
-        shares = gathered((grid.dp.rank, [a.numpy() for a in answers]) if speaks else None)
-        by_rank = dict(share for share in shares if share is not None)
-        return [by_rank[row % grid.dp.size][row // grid.dp.size] for row in range(rows)]
 
     def _fitted(self, lengths: Sequence[int]) -> int:
         """Rows no longer than a few texts need."""
