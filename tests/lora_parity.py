@@ -1,5 +1,6 @@
 """LoRA's oracle, peft on transformers' model in one process, and what a pool rank does to be compared with it."""
 
+import ctypes
 import gc
 import json
 import zlib
@@ -23,6 +24,7 @@ from megamod.batch import Batch
 from megamod.config import LoraConfig, ModelConfig, OptimConfig, ParallelConfig, as_json
 from megamod.config import load as load_config
 from megamod.losses import LossFunction
+from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Adapters, Plan
 from megamod.model.shape import read_shape
@@ -413,3 +415,17 @@ def trained_by_runs(runs: list[tuple[str, list[str]]]) -> list[tuple[dict[int, f
         found.append(({line["step"]: line["loss"] for line in lines}, str(max((Path(directory) / "peft").iterdir()))))
         gc.collect()
     return found
+
+
+def memory_of_loading(path: str, tp: int) -> tuple[float, float]:
+    """MiB of this rank's private memory before its model is made, and at most until it is loaded, in bfloat16 on a base in NF4."""
+    shape = read_shape(path).quantized(Quantization())
+    with started(ParallelConfig(tp=tp), shape) as grid:
+        source = weights_at(path, shape, 0)
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what earlier tests have freed would be taken again, and not be seen
+        with Peak(grid.device) as peak:
+            chunks, _ = build(ModelConfig(path=path, dtype="bfloat16"), shape, grid)
+            load(chunks, shape, grid, source)
+        return peak.before, peak.value
