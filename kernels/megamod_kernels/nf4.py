@@ -775,7 +775,7 @@ def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type
 
     Args:
         x: the shard's numbers, in bf16, fp16 or fp32, of any shape.
-        absmax: `[⌈N/B⌉]` fp32, the whole tensor's: of block_absmax the maximum over all shards.
+        absmax: `[⌈N/B⌉]` fp32, the whole tensor's: of block_absmax the maximum over all shards. No number may be larger than its block's.
     """
     _check(lines, blocksize, quant_type)
     _check_numbers(x, lines)
