@@ -409,12 +409,15 @@ def _rows(x: Tensor, lines: Lines) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """For this thread, and for those that it starts meanwhile."""
+def _one_thread() -> Iterator[int]:
+    """For torch's operations of this thread, and of those that it starts meanwhile; how many there were.
+
+    Pieces are shared out to threads. For a small operation torch's own would wait for each other longer than they work.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 
@@ -441,18 +444,18 @@ def _pieces(count: int, width: int, skew: int = 0) -> list[_Piece]:
     return [_Piece(line, min(line + step, count), 0, width) for line in range(0, count, step)]
 
 
-def _work_on(pieces: Sequence[_Piece], work: Callable[[Iterator[_Piece]], None]) -> None:
-    """Threads take pieces as they come; torch's operations use one each."""
+def _work_on(pieces: Sequence[_Piece], work: Callable[[Iterator[_Piece]], None], threads: int) -> None:
+    """Threads take pieces as they come."""
 
     def take(queue: Iterator[_Piece]) -> None:
         with torch.inference_mode():  # the caller's modes are not a thread's; this one may write to all tensors
             work(queue)
 
-    queue, threads = iter(pieces), min(torch.get_num_threads(), len(pieces))
+    queue, threads = iter(pieces), min(threads, len(pieces))
     if threads <= 1:
         take(queue)
         return
-    with _one_thread(), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(take, [queue] * threads))
 
 
@@ -486,7 +489,7 @@ def _by_blocks(numbers: Tensor, phase: int, blocksize: int) -> list[tuple[Tensor
     return views
 
 
-def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
+def _block_absmax(x: Tensor, lines: Lines, blocksize: int, threads: int) -> Tensor:
     """block_absmax_ref. Numbers without their sign have the order of their bits, NaN the last."""
     found = torch.zeros(-(-lines.total // blocksize), dtype=torch.float32)
     rows = x.detach().reshape(lines.count, lines.width)
@@ -517,7 +520,7 @@ def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
             for some, blocks in parts:
                 torch.amax(some, -1, out=values[:, blocks])
 
-    _work_on(pieces, work)
+    _work_on(pieces, work, threads)
     values, stride = most.view(x.dtype).float(), lines.stride // blocksize
     for turn in range(min(2, lines.count)):  # a line and the next may share a block, a line and the one after that do not
         some = values[turn::2]
@@ -545,7 +548,7 @@ def _place_codes(quant_type: QuantType) -> Tensor:
     return torch.stack((torch.where(sure, code << 4, 1), torch.where(sure, code, 1 << 4))).to(torch.uint8)
 
 
-def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
+def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType, threads: int) -> Tensor:
     """quantize_ref. Codes are looked up by x / a in 16 bits; the few that a midpoint is near are made as the reference makes them."""
     rows, absmax = x.detach().reshape(lines.count, lines.width), absmax.detach()
     out = torch.empty(-(-lines.numel // 2), dtype=torch.uint8)
@@ -626,7 +629,7 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
     if _regular(lines, blocksize):
         most = absmax.as_strided((lines.count, -(-(phase + lines.width) // blocksize)), (lines.stride // blocksize, 1), first)
         scale, usual = STEPS / most.clamp(min=USUAL[0]), _usual(most)
-    _work_on(pieces, work)
+    _work_on(pieces, work, threads)
     if lines.total % blocksize:  # of the last block numbers are divided by absmax
         inside = lines.start + (lines.count - 1) * lines.stride + lines.width - lines.total // blocksize * blocksize
         if inside > 0:
@@ -648,7 +651,7 @@ def _pairs(quant_type: QuantType) -> Tensor:
     return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).flatten()
 
 
-def _absmax(shard: Shard) -> Tensor:
+def _absmax(shard: Shard, threads: int) -> Tensor:
     """absmax_ref."""
     if shard.nested is None or shard.offset is None:
         return shard.absmax
@@ -663,23 +666,29 @@ def _absmax(shard: Shard) -> Tensor:
             values.mul_(torch.index_select(nested, 0, group.flatten())).add_(offset)
             out[top:bottom, left:right] = values.view(group.shape)
 
-    _work_on(_pieces(*codes.shape), work)
+    _work_on(_pieces(*codes.shape), work, threads)
     return out
 
 
-def _dequantize(shard: Shard, out: Tensor) -> Tensor:
+def _dequantize(shard: Shard, out: Tensor, threads: int) -> Tensor:
     """dequantize_ref. Both numbers of a byte are looked up at once."""
     lines, blocksize = shard.lines, shard.blocksize
     rows = out.detach().view(lines.count, lines.width)
     phase = lines.start % blocksize
     pieces = _pieces(lines.count, lines.width, phase - phase % 2)
     if not _regular(lines, blocksize):
-        for top, bottom, _, _ in pieces:
-            part = replace(lines, count=bottom - top, start=lines.start + top * lines.stride)
-            data = shard.data[top * lines.width // 2 : -(-bottom * lines.width // 2)]
-            dequantize_ref(replace(shard, data=data, absmax=shard.absmax[top:bottom], lines=part), rows[top:bottom])
+
+        def plain(queue: Iterator[_Piece]) -> None:
+            for top, bottom, left, _ in queue:
+                if left:
+                    continue  # a line that is cut is done with its first piece
+                part = replace(lines, count=bottom - top, start=lines.start + top * lines.stride)
+                data = shard.data[top * lines.width // 2 : -(-bottom * lines.width // 2)]
+                dequantize_ref(replace(shard, data=data, absmax=shard.absmax[top:bottom], lines=part), rows[top:bottom])
+
+        _work_on(pieces, plain, threads)
         return out
-    absmax, table = _absmax(shard), _pairs(shard.quant_type)
+    absmax, table = _absmax(shard, threads), _pairs(shard.quant_type)
 
     def work(queue: Iterator[_Piece]) -> None:
         size = _size(pieces)
@@ -701,7 +710,7 @@ def _dequantize(shard: Shard, out: Tensor) -> Tensor:
                 many.mul_(values[:, blocks, None])
             rows[top:bottom, left:right].copy_(some)
 
-    _work_on(pieces, work)
+    _work_on(pieces, work, threads)
     return out
 
 
@@ -723,7 +732,10 @@ def block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
     _check_numbers(x, lines)
     if not x.numel():
         return torch.zeros(-(-lines.total // blocksize), dtype=torch.float32, device=x.device)
-    return (_fused_block_absmax if fused(x) else _block_absmax)(x, lines, blocksize)
+    if fused(x):
+        return _fused_block_absmax(x, lines, blocksize)
+    with _one_thread() as threads:
+        return _block_absmax(x, lines, blocksize, threads)
 
 
 def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
@@ -739,22 +751,22 @@ def compress(absmax: Tensor) -> Absmax:
     There a single thread's sum is the same each time, and bitsandbytes' with one thread.
     """
     values = absmax.cpu()
-    with _one_thread():
-        offset = values.mean()
     codes = torch.empty(len(values), dtype=torch.uint8)
     nested, table = torch.empty(-(-len(values) // NESTED), dtype=torch.float32), _nearest_dynamic()
+    with _one_thread() as threads:
+        offset = values.mean()
 
-    def work(queue: Iterator[_Piece]) -> None:
-        for _, _, left, right in queue:
-            centred = torch.nn.functional.pad(values[left:right] - offset, (0, (left - right) % NESTED)).view(-1, NESTED)
-            largest = centred.abs().amax(1)
-            place = centred.mul_((1.0 / largest)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5).mul_(PLACES - 1).add_(0.5)
-            place = place.nan_to_num_(0).int().flatten()[: right - left]  # of a nested block of zeros: code 0
-            torch.index_select(table, 0, place, out=codes[left:right])
-            nested[left // NESTED : -(-right // NESTED)] = largest
+        def work(queue: Iterator[_Piece]) -> None:
+            for _, _, left, right in queue:
+                centred = torch.nn.functional.pad(values[left:right] - offset, (0, (left - right) % NESTED)).view(-1, NESTED)
+                largest = centred.abs().amax(1)
+                place = centred.mul_((1.0 / largest)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5).mul_(PLACES - 1).add_(0.5)
+                place = place.nan_to_num_(0).int().flatten()[: right - left]  # of a nested block of zeros: code 0
+                torch.index_select(table, 0, place, out=codes[left:right])
+                nested[left // NESTED : -(-right // NESTED)] = largest
 
-    if len(values):
-        _work_on(_pieces(1, len(values)), work)
+        if len(values):
+            _work_on(_pieces(1, len(values)), work, threads)
     return Absmax(codes, nested, offset)
 
 
@@ -763,7 +775,7 @@ def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type
 
     Args:
         x: the shard's numbers, in bf16, fp16 or fp32, of any shape.
-        absmax: `[⌈N/B⌉]` fp32, the whole tensor's: of block_absmax the maximum over all shards.
+        absmax: `[⌈N/B⌉]` fp32, the whole tensor's: of block_absmax the maximum over all shards. No number may be larger than its block's.
     """
     _check(lines, blocksize, quant_type)
     _check_numbers(x, lines)
@@ -772,7 +784,10 @@ def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type
         raise ValueError(f"absmax {_said(absmax)}: float32 [{blocks}] on {x.device} was expected")
     if not x.numel():
         return torch.empty(0, dtype=torch.uint8, device=x.device)
-    return (_fused_quantize if fused(x) else _quantize)(x, absmax.contiguous(), lines, blocksize, quant_type)
+    if fused(x):
+        return _fused_quantize(x, absmax.contiguous(), lines, blocksize, quant_type)
+    with _one_thread() as threads:
+        return _quantize(x, absmax.contiguous(), lines, blocksize, quant_type, threads)
 
 
 def dequantize(shard: Shard, out: Tensor) -> Tensor:
@@ -791,7 +806,10 @@ def dequantize(shard: Shard, out: Tensor) -> Tensor:
         raise ValueError(f"out {_said(out)}: {lines.numel} numbers, contiguous, floating, on {data.device} were expected")
     if not out.numel():
         return out
-    return (_fused_dequantize if fused(out) else _dequantize)(shard, out)
+    if fused(out):
+        return _fused_dequantize(shard, out)
+    with _one_thread() as threads:
+        return _dequantize(shard, out, threads)
 
 
 def _said(x: Tensor) -> str:
