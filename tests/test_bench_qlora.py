@@ -29,5 +29,5 @@ def test_a_rehearsal(tp: int) -> None:
 def test_one_line_for_what_goes_wrong() -> None:
     done = subprocess.run([sys.executable, TOOL, "--shape", "nowhere"], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 1
-    assert done.stderr.startswith("megamod: error: nowhere/config.json: cannot be read")
+    assert done.stderr.startswith("megamod: error: nowhere: cannot be read")
     assert len(done.stderr.splitlines()) == 1
