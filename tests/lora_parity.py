@@ -26,6 +26,7 @@ from megamod.config import load as load_config
 from megamod.losses import LossFunction
 from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
+from megamod.model.head import Head
 from megamod.model.lora import Adapters, Plan
 from megamod.model.shape import read_shape
 from megamod.optim import Optimizer
@@ -348,6 +349,33 @@ def fingerprints(parallel: ParallelConfig, model: str, dtype: str) -> list[str]:
                     last = item.param.view(-1)[-1:]
                     last.copy_(torch.nextafter(last, torch.full_like(last, torch.inf)))
         return [*found, fingerprint.of_model(items, grid, None)]
+
+
+def dense_copies(one: LoraCase) -> int:
+    """How many dense copies of the base's linears are alive between a forward and its backward pass, but for the one buffer."""
+    shape = tiny.shape(one.case.model).quantized(one.quantization)
+    with started(one.case.parallel, shape) as grid:
+        run, _ = prepare(one, grid)
+        weights: list[Any] = [item.weight for item in frozen(run.optimizer.chunks, shape, grid.tp.size, grid.tp.rank)]
+        known = [weight.dense().clone() for weight in weights]
+        own = {x.data_ptr() for x in (*known, weights[0].dense())}
+        kept: list[Tensor] = []  # by autograd, in C++, where the collector sees nothing
+        found: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            kept.append(x)
+            return x
+
+        def watched(head: Head, batch: Batch) -> losses.Loss:
+            alive = [x for x in gc.get_objects() if isinstance(x, Tensor) and x.data_ptr() not in own]
+            found.extend(x for x in (*alive, *kept) if any(x.shape == w.shape and torch.equal(x, w) for w in known if x.dtype is w.dtype))
+            found.extend(x for x in kept if x.data_ptr() in own)
+            return parity.everything(head, batch)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            run.step(watched)
+        assert kept
+        return len(found)
 
 
 def fingerprints_in_4_bits(parallel: ParallelConfig, model: str, q: Quantization) -> tuple[str, str]:

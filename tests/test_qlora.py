@@ -168,6 +168,14 @@ def test_transformers_with_bitsandbytes_and_peft_say_the_same(tmp_path: Path) ->
             assert gradient < 1e-4
 
 
+@pytest.mark.parametrize("adapter", ["all", "dora", "some"])
+@pytest.mark.parametrize(("recompute", "modules"), RECOMPUTE)
+def test_nothing_keeps_a_dense_weight(adapter: str, recompute: str, modules: tuple[str, ...] | None) -> None:
+    """Between forward and backward, with recomputation or not: the codes alone, and one buffer."""
+    one = LoraCase(ADAPTERS[adapter], Case("qwen3", P(tp=2, sp=True), recompute, modules), QUANTIZATIONS[0])
+    assert distributed.run(distributed.WORLD, lora.dense_copies, one) == [0] * distributed.WORLD
+
+
 def document(length: int, vocab: int, seed: int) -> Document:
     """All of whose tokens but the first are trained, as transformers' `labels=input_ids` has it."""
     tokens = np.random.default_rng(seed).integers(vocab, size=length).astype(np.int32)

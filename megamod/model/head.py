@@ -1,7 +1,8 @@
 """The head: from hidden states to log-probabilities or scores, the only place that knows how the vocabulary is sharded.
 
 It takes the labelled rows only, multiplies in chunks and keeps three numbers a row, and of the logits no more than KEPT_BYTES, so logits
-of the whole row, `[T, V/tp]`, never exist. Padded vocabulary columns are left out of the product, which is to count them as -∞.
+of the whole row, `[T, V/tp]`, never exist, unless every token of a row so short is labelled that they are fewer. Padded vocabulary
+columns are left out of the product, which is to count them as -∞.
 """
 
 import inspect
