@@ -1,7 +1,9 @@
-"""Time the kernels beside what else does their work, in one run on one GPU.
+"""Time the kernels beside what else does their work, in one run on one GPU, or on a CPU what has a path for it.
 
 python kernels/bench.py packing                 beside the plain torch references and torch.compile's of these
 python kernels/bench.py lora                    beside peft's operations, and beside the frozen linear without adapters
+python kernels/bench.py nf4                     beside bitsandbytes, if it is installed, and the references
+python kernels/bench.py nf4 --device cpu        the CPU's own path beside bitsandbytes', with one thread and with all of torch's
 python kernels/bench.py lora --device cpu       a rehearsal of this program: tiny shapes, the references only, no kernel
 
 It prints a table, and as the last line one JSON object. Before a case is timed its results are compared with the reference's. The
@@ -12,6 +14,7 @@ that must be read and written, whoever moves more.
 
 import argparse
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -29,10 +32,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps a script's folder off the path
 
-from megamod_kernels import cases, lora, packing
+from megamod_kernels import cases, lora, nf4, packing
+from megamod_kernels.cases import Nf4Case
 from megamod_kernels.lora import Dropout, Part
+from megamod_kernels.nf4 import Absmax, Lines, Shard
 
 WARM_UP, ROUNDS = 10, 50
+CPU_ROUNDS = 5
 COPY_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20  # more than any GPU's L2
 WIDTH = 64  # of a case's name in the table
@@ -53,6 +59,8 @@ class Task:
     reference: Op  # it leaves its inputs as they are, and runs first
     others: Mapping[str, Op] | None = None  # the two that are timed beside the kernel, if not the reference and that one compiled
     operations: int = 0  # multiplications and additions
+    exact: bool = False  # bit for bit
+    numbers: int = 0  # that it makes of others, for those a second
 
 
 def packing_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
@@ -148,7 +156,89 @@ def frozen(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]
     return F.linear(x, weight, bias)
 
 
-KERNELS: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Task]]] = {"packing": packing_tasks, "lora": lora_tasks}
+def nf4_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
+    """A CPU has two of the cases: a whole matrix, and a shard that is cut inside blocks. There the 8-bit absmax is timed too.
+
+    For bitsandbytes a shard is a matrix by itself.
+    """
+    bnb = bitsandbytes()
+    for case in (case for case in cases.NF4 if case.bench == bench and case.numbers):
+        if bench and device.type == "cpu" and case.label not in ("o_proj tp1", "down_proj tp8"):
+            continue
+        lines = Lines.of(case.shape, case.offset, case.size)
+        x = (torch.randn(case.size, device=device) * 0.02).to(dtype)
+        double = case.double and device.type == "cpu"
+        absmax, kept = statistics_of(x, lines, case, case.double, nf4.block_absmax)
+        shard = Shard(
+            nf4.quantize(x, absmax, lines, case.blocksize, "nf4"),
+            kept.of(lines, case.blocksize),
+            kept.nested,
+            kept.offset,
+            lines,
+            case.blocksize,
+            "nf4",
+        ).to(device)
+        del absmax, kept
+        out = torch.empty_like(x)
+        reference = partial(in_4_bits, nf4.block_absmax_ref, nf4.quantize_ref)
+        quantized: dict[str, Op] = {"reference": reference}
+        read: dict[str, Op] = {"reference": read_by_reference}
+        if bnb is not None:
+            codes, state = bnb.quantize_4bit(x, blocksize=case.blocksize, quant_type="nf4", compress_statistics=case.double)
+            quantized = {"bitsandbytes": partial(as_bitsandbytes, bnb)}
+            read = {"bitsandbytes": partial(read_by_bitsandbytes, bnb, codes, state)}
+        held = sum(t.nbytes for t in (shard.data, shard.absmax))
+        kernel = partial(in_4_bits, nf4.block_absmax, nf4.quantize)
+        run, moved = forward(x, lines, case, double), x.nbytes + shard.data.nbytes + 4 * case.numbers // case.blocksize
+        yield Task(f"quantize {case.name}", moved, run, kernel, reference, quantized, exact=True, numbers=case.numbers)
+        run = forward(shard, out)
+        yield Task(
+            f"dequantize {case.name}", out.nbytes + held, run, nf4.dequantize, read_by_reference, read, exact=True, numbers=case.numbers
+        )
+
+
+def statistics_of(x: Tensor, lines: Lines, case: Nf4Case, double: bool, block_absmax: Op) -> tuple[Tensor, Absmax]:
+    absmax = nf4.whole_blocks(block_absmax(x, lines, case.blocksize), lines, case.blocksize)
+    return absmax, nf4.compress(absmax) if double else Absmax(absmax)
+
+
+def in_4_bits(block_absmax: Op, quantize: Op, x: Tensor, lines: Lines, case: Nf4Case, double: bool) -> Sequence[Tensor]:
+    """All that a shard's numbers become."""
+    absmax, kept = statistics_of(x, lines, case, double, block_absmax)
+    return quantize(x, absmax, lines, case.blocksize, "nf4"), kept.values
+
+
+def as_bitsandbytes(bnb: Any, x: Tensor, lines: Lines, case: Nf4Case, double: bool) -> Sequence[Tensor]:
+    codes, state = bnb.quantize_4bit(x, blocksize=case.blocksize, quant_type="nf4", compress_statistics=double)
+    return codes, state.absmax
+
+
+def read_by_reference(shard: Shard, out: Tensor) -> Tensor:
+    return nf4.dequantize_ref(shard, torch.empty_like(out))
+
+
+def read_by_bitsandbytes(bnb: Any, codes: Tensor, state: Any, shard: Shard, out: Tensor) -> Tensor:
+    """As its layers call it: into new memory."""
+    found: Tensor = bnb.dequantize_4bit(codes, state)
+    return found
+
+
+def bitsandbytes() -> Any:
+    """Its functions, or None where it is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR + 1)
+    try:
+        import bitsandbytes.functional as found
+    except ImportError:
+        return None
+    return found
+
+
+KERNELS: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Task]]] = {
+    "packing": packing_tasks,
+    "lora": lora_tasks,
+    "nf4": nf4_tasks,
+}
+ON_CPU = ("nf4",)  # that have a path of their own there
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,14 +247,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("megamod: error: no GPU that torch can use; --device cpu rehearses with the references", file=sys.stderr)
+        print("megamod: error: no GPU that torch can use; --device cpu rehearses with the references, or times nf4 there", file=sys.stderr)
         return 1
     if args.device == "cuda" and version("triton") is None:
         print("megamod: error: triton cannot be imported, so there is no kernel to time", file=sys.stderr)
         return 1
     device = torch.device(args.device)
     torch.manual_seed(1)
-    report = on_gpu(args.kernel, device) if args.device == "cuda" else on_cpu(args.kernel, device)
+    measure = on_gpu if args.device == "cuda" else timed_on_cpu if args.kernel in ON_CPU else on_cpu
+    report = measure(args.kernel, device)
     print(json.dumps({"kernel": args.kernel, **about(device), **report}))
     return 1 if any(not case["agrees"] for case in report["cases"]) else 0
 
@@ -182,15 +273,17 @@ def on_gpu(kernel: str, device: torch.device) -> dict[str, Any]:
         others = task.others or {"reference": task.reference, "compiled": torch.compile(task.reference, dynamic=False)}
         ops = {"kernel": task.kernel, **others}
         if not rows:
-            titles = "".join(f"{name:>11}" for name in ops), "".join(f"{'× ' + name:>13}" for name in others)
+            titles = "".join(f"{name:>13}" for name in ops), "".join(f"{'× ' + name:>15}" for name in others)
             print(f"{'':<{WIDTH}}{titles[0]}{'GB/s':>8}{'% of copy':>11}{titles[1]}{'TFLOP/s':>9}")
         error = apart(task.run(task.reference), task.run(task.kernel))
+        torch.cuda.empty_cache()  # a reference may have taken most of the memory
         ms = dict(zip(ops, turns([partial(task.run, op) for op in ops.values()], scratch), strict=True))
         ours = ms["kernel"]
         gb_s, tflop_s = task.moved / ours / 1e6, task.operations / ours / 1e9
-        row = {"name": task.name, "bytes": task.moved, "ms": ms, "gb_s": gb_s, "of_copy": gb_s / rate, "tflop_s": tflop_s, **verdict(error)}
-        times = "".join(f"{t:>11.3f}" for t in ms.values())
-        ratios = "".join(f"{ms[name] / ours:>13.2f}" for name in others)
+        row = {"name": task.name, "bytes": task.moved, "ms": ms, "gb_s": gb_s, "of_copy": gb_s / rate, "tflop_s": tflop_s}
+        row |= verdict(error, task.exact)
+        times = "".join(f"{t:>13.3f}" for t in ms.values())
+        ratios = "".join(f"{ms[name] / ours:>15.2f}" for name in others)
         products = f"{tflop_s:>9,.0f}" if task.operations else ""  # what only moves memory has none
         wrong = "" if row["agrees"] else f"  WRONG by {error:.2g}"
         print(f"{task.name:<{WIDTH}}{times}{gb_s:>8,.0f}{gb_s / rate:>11.0%}{ratios}{products}{wrong}")
@@ -214,8 +307,47 @@ def on_cpu(kernel: str, device: torch.device) -> dict[str, Any]:
             times.append((time.perf_counter() - start) * 1e3)
         ms = statistics.median(times)
         print(f"{task.name:<{WIDTH}}{ms:>10.3f}")
-        rows.append({"name": task.name, "bytes": task.moved, "ms": {"reference": ms}, **verdict(error)})
+        rows.append({"name": task.name, "bytes": task.moved, "ms": {"reference": ms}, **verdict(error, task.exact)})
     return {"mode": "rehearsal: reference timings on the CPU, of no kernel", "dtype": "float32", "cases": rows}
+
+
+def timed_on_cpu(kernel: str, device: torch.device) -> dict[str, Any]:
+    """What has a path of its own on a CPU, beside others: first the small cases against the references, then the clock."""
+    wrong = []
+    for task in KERNELS[kernel](device, torch.bfloat16, False):
+        if not verdict(apart(task.run(task.reference), task.run(task.kernel)), task.exact)["agrees"]:
+            wrong.append(task.name)
+    for name in wrong:
+        print(f"{name}: WRONG")
+    print(f"on this CPU · bf16, medians of {CPU_ROUNDS} by turns, milliseconds")
+    rows: list[dict[str, Any]] = []
+    most = torch.get_num_threads()
+    for task in KERNELS[kernel](device, torch.bfloat16, True):
+        others = task.others or {"reference": task.reference}
+        ops = {"here": task.kernel, **others}
+        if not rows:
+            titles = "".join(f"{name:>13}" for name in ops) + "".join(f"{'× ' + name:>15}" for name in others)
+            print(f"{'':<{WIDTH}}{'threads':>8}{titles}{'10⁹ numbers/s':>15}")
+        for threads in sorted({1, most}):
+            torch.set_num_threads(threads)
+            ms = dict(zip(ops, cpu_turns([partial(task.run, op) for op in ops.values()]), strict=True))
+            ours, rate = ms["here"], task.numbers / ms["here"] / 1e6
+            times = "".join(f"{t:>13.1f}" for t in ms.values()) + "".join(f"{ms[name] / ours:>15.2f}" for name in others)
+            print(f"{task.name:<{WIDTH}}{threads:>8}{times}{rate:>15.3f}")
+            row = {"name": task.name, "bytes": task.moved, "threads": threads, "ms": ms, "numbers_s": rate * 1e9}
+            rows.append({**row, "times": {name: ms[name] / ours for name in others}, "agrees": not wrong})
+    return {"mode": "the CPU's path and others, side by side", "dtype": "bfloat16", "rounds": CPU_ROUNDS, "wrong": wrong, "cases": rows}
+
+
+def cpu_turns(candidates: Sequence[Callable[[], Any]]) -> list[float]:
+    """turns, by the clock of the wall."""
+    ms: list[list[float]] = [[] for _ in candidates]
+    for _ in range(1 + CPU_ROUNDS):
+        for candidate, times in zip(candidates, ms, strict=True):
+            start = time.perf_counter()
+            candidate()
+            times.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(times[1:]) for times in ms]  # the first makes tables and touches memory
 
 
 def turns(candidates: Sequence[Callable[[], Any]], scratch: Tensor) -> list[float]:
@@ -240,8 +372,8 @@ def apart(expected: Tensor | Sequence[Tensor], found: Tensor | Sequence[Tensor])
     return max(float((e.double() - f.double()).abs().max() / e.double().abs().max()) for e, f in pairs)
 
 
-def verdict(error: float) -> dict[str, Any]:
-    return {"error": error, "agrees": error <= TOLERANCE}
+def verdict(error: float, exact: bool) -> dict[str, Any]:
+    return {"error": error, "agrees": error <= (0 if exact else TOLERANCE)}
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -254,6 +386,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "modified": bool(said([*git, "status", "--porcelain", "--", "."])) if commit else None,
         "torch": torch.__version__,
         "triton": version("triton"),
+        "bitsandbytes": version("bitsandbytes"),
         "cuda": torch.version.cuda,
     }
 

@@ -21,6 +21,7 @@ check() {
     python -m pytest -m gpu tests/test_kernel_*.py tests/test_gpu.py || status=$?
     python kernels/bench.py packing || status=$?
     python kernels/bench.py lora || status=$?
+    python kernels/bench.py nf4 || status=$?
     python tools/bench_context.py --shape configs/models/smollm2-135m --cp 1 || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check_lora.py || status=$?
@@ -28,6 +29,10 @@ check() {
 paths = json.load(open("runs/gpu_check_lora/run.json"))["adapters"]
 slow = [name for name, path in paths.items() if path != "triton"]
 sys.exit(f"megamod: error: not by the fused kernel: {slow}" if slow or not paths else 0)' || status=$?
+    # The 72B shape in 4 bits on one GPU; then a run with a base in 4 bits.
+    python tools/bench_qlora.py --shape configs/models/qwen2.5-72b --tokens 8192 || status=$?
+    python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/tiny.py model.dtype=bfloat16 steps=4 lora.r=8 \
+        model.quantization.quant_type=nf4 dir=runs/gpu_check/qlora || status=$?
     # A second model that follows, and an adapter's own passes: their devices and dtypes.
     local dpo=(python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/tiny_dpo.py model.dtype=bfloat16 steps=4)
     "${dpo[@]}" dir=runs/gpu_check/dpo reference.sync_every=2 reference.sync_alpha=0.5 || status=$?

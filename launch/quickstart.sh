@@ -6,18 +6,22 @@
 #   bash launch/quickstart.sh                      # all of it; arguments are overrides, such as steps=100
 #   bash launch/quickstart.sh --real               # begin from real weights, SmolLM2-135M-Instruct, instead of random ones
 #   bash launch/quickstart.sh --lora               # train an adapter beside the frozen weights; it is judged on them, and merged
+#   bash launch/quickstart.sh --qlora              # the same on weights in 4 bits
 #   DATA=rows.jsonl bash launch/quickstart.sh      # your own labelled rows instead of the generated ones
 #   SEED=2 bash launch/quickstart.sh               # other rows, other weights, another order
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 real=
 lora=
+qlora=
+kind=
 while [[ "${1:-}" == --* ]]; do
     case $1 in
         --real) real=1 ;;
-        --lora) lora=1 ;;
+        --lora) lora=1 kind=_lora ;;
+        --qlora) lora=1 qlora=1 kind=_qlora ;;
         *)
-            echo "megamod: error: $1: --real, --lora or overrides such as steps=100 were expected" >&2
+            echo "megamod: error: $1: --real, --lora, --qlora or overrides such as steps=100 were expected" >&2
             exit 1
             ;;
     esac
@@ -42,7 +46,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 export NPROC
-run=runs/quickstart${real:+_real}${lora:+_lora}
+run=runs/quickstart${real:+_real}$kind
 new=$run.new # the rows may come from an earlier quickstart's folder
 rm -rf "$new"
 trap 'rm -rf "$new"' EXIT
@@ -76,6 +80,10 @@ if [ -n "$lora" ] && [ -n "$real" ]; then
     set -- "$1" lora.r=16 lora.lora_alpha=32 optim.lr=1e-3 "${@:2}"
 elif [ -n "$lora" ]; then # random weights know no words: the adapter has an embedding of its own, and ranks almost as large as they
     set -- "$1" lora.r=64 lora.lora_alpha=64 "lora.modules_to_save=('embed_tokens',)" "${@:2}"
+fi
+
+if [ -n "$qlora" ]; then
+    set -- "$1" model.quantization.quant_type=nf4 "${@:2}"
 fi
 
 say "training on $NPROC ranks"

@@ -223,6 +223,10 @@ class Masters:
         """Of the tensors, by Hugging Face name."""
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what `read` gives."""
+        return torch.float64
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset` of a tensor, in float64, which holds masters of any run exactly."""
         result = torch.empty(*size, dtype=torch.float64)

@@ -25,6 +25,7 @@ from megamod import losses
 from megamod.errors import MegamodError, nearest
 from megamod.model.shape import Score
 from megamod.verdicts import Format, format_of
+from megamod.weights.quantization import Quantization
 
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen_attn", "reference"]
@@ -63,6 +64,7 @@ class ModelConfig:
     attention: Attention = "auto"
     linear: Linear = "megatron"
     score: Score | None = None  # a head of scores in the vocabulary's place; None: what path's own config.json says
+    quantization: Quantization | None = None  # QLoRA: the frozen base in 4 bits; None: as path has it
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,10 @@ def check(cfg: RunConfig) -> None:
     ]  # fmt: skip
     unused += _unused_reference(cfg)
     lora = cfg.lora
+    if m.quantization is not None and (fault := m.quantization.fault()):
+        raise MegamodError(f"model.quantization: {fault}")
+    if m.quantization is not None and lora is None:
+        raise MegamodError("model.quantization: weights in 4 bits are frozen, and nothing would be trained: set lora.r")
     if lora is not None and m.linear != "megatron":
         raise MegamodError(f"model.linear = {m.linear!r}: an adapted linear is multiplied with its adapter: use 'megatron'")
     if (e := cfg.eval) is not None:

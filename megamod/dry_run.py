@@ -25,7 +25,7 @@ from megamod.optim import Optimizer
 from megamod.parallel import grid as grids
 from megamod.reference import is_copy
 from megamod.step import train_step
-from megamod.weights.table import Placed, hf_shapes, placed
+from megamod.weights.table import Placed, frozen, hf_shapes, placed
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,17 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
             batches = [replace(batch, divergence=nothing) for batch in batches]
         train_step(wrapped, batches, cfg.loss, grid)
         parameters, copied = ([p for chunk in part for p in chunk.parameters()] for part in (chunks, compared))
+        # What is in 4 bits, and the buffer in which each of it is made dense in its turn.
+        in_4_bits = [item.weight for item in frozen([*chunks, *compared], shape, grid.tp.size, grid.tp.rank)]
+        dense = max((weight.shape.numel() * weight.dtype.itemsize for weight in in_4_bits), default=0) * (2 if compared else 1)
         copies = [s for s in optimizer.segments if s.master.dtype is not s.weight.dtype]
         moments = sum(2 * s.master.numel() * s.master.element_size() for s in optimizer.segments)
         return DryRun(
             rank=rank,
             place=f"pp {grid.pp.rank} · dp {grid.dp.rank} · cp {grid.cp.rank} · tp {grid.tp.rank}",
             layers=tuple(len(chunk.decoder.layers) for chunk in chunks),
-            parameters=sum(p.numel() for p in parameters),
-            weight_bytes=sum(p.numel() * p.element_size() for p in (*parameters, *copied)),
+            parameters=sum(p.numel() for p in parameters) + sum(weight.shape.numel() for weight in in_4_bits),
+            weight_bytes=sum(p.numel() * p.element_size() for p in (*parameters, *copied)) + sum(w.nbytes for w in in_4_bits) + dense,
             gradient_bytes=sum(b.grad_data.numel() * b.grad_data.element_size() for chunk in wrapped for b in chunk.buffers),
             optimizer_bytes=moments + sum(s.master.numel() * s.master.element_size() for s in copies),
             micro_batches=count,

@@ -28,6 +28,7 @@ from megamod.parallel import grid as grids
 from megamod.parallel.collectives import together
 from megamod.verdicts import Format
 from megamod.weights import fingerprint, peft
+from megamod.weights.bitsandbytes import four_bits, quantised
 from megamod.weights.load import Source, load, weights_at
 
 Conversation = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Row  # a user's message, `messages`, a JSONL row, a Row
@@ -78,6 +79,10 @@ class Moderator:
             shape = peft.shape_with(next(iter(paths.values())), shape)
         source: Source = masters or weights_at(origin, shape, 0)  # where a head of scores would be drawn, an adapter brings its own
         opened = {name: peft.opened(where, shape) for name, where in paths.items()}
+        for name, one in opened.items():
+            source = quantised(source, one.quantization, name)
+        if (in_4_bits := four_bits(source)) is not None:
+            shape = shape.quantized(in_4_bits.quantization)
         if row_length < 1:
             raise MegamodError(f"row_length = {row_length}: must be at least 1")
         # Beyond its window, or the length that its RoPE was trained for, the model would be another one.

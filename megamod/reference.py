@@ -32,8 +32,9 @@ from megamod.parallel.collectives import on_first, together
 from megamod.parallel.grid import Grid
 from megamod.step import Chunks, collect, collect_rows
 from megamod.weights import fingerprint, peft
-from megamod.weights.load import Safetensors, Source, load
-from megamod.weights.table import Placed
+from megamod.weights.bitsandbytes import quantised
+from megamod.weights.load import Source, load, weights_at
+from megamod.weights.table import Held, Placed
 
 Place = Literal["nowhere", "copy", "beside", "beneath"]
 WAVE = 16  # packed rows of each data-parallel rank and stage between two parts of what is stored
@@ -95,7 +96,7 @@ class Reference:
         self._using: Callable[[], AbstractContextManager[None]] = nullcontext
         self.items: Sequence[Placed] = ()
         self._followers: Sequence[Placed] = ()  # what of `items` the model holds, rounded where that is needed
-        own: Sequence[Placed] = ()
+        own: Sequence[Held] = ()
         kind = cfg.reference.kind
         self.identity: str = kind if stored is None else f"{kind} {stored.digest}"
         place = place_of(cfg)
@@ -110,8 +111,8 @@ class Reference:
             self.identity = f"{kind} {fingerprint.of_model(own, grid)}"
         if cfg.reference.sync_every is not None:
             self.identity += f", synchronised with {cfg.reference.sync_alpha}"
-            self._followers = own
-            self.items = [_exact(item) for item in own] if cfg.reference.sync_alpha < 1 else own
+            self._followers = [item for item in own if isinstance(item, Placed)]
+            self.items = [_exact(item) for item in self._followers] if cfg.reference.sync_alpha < 1 else self._followers
 
     def complete(self, batches: Sequence[Batch], mismatched: Callable[[], Sequence[Batch]]) -> list[Batch]:
         """The micro-batches with `reference` and `kl`, as far as the loss needs them; on the last stage, which alone reads them.
@@ -177,15 +178,18 @@ def _exact(item: Placed) -> Placed:
     )
 
 
-def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[list[Decoder], list[Placed]]:
+def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[list[Decoder], list[Held]]:
     """A second model, frozen, and where its weights lie. Raises MegamodError."""
     chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     path = cfg.reference.path if cfg.reference.kind == "model" else None
 
-    def filled() -> list[Placed]:
-        if path is not None and read_shape(path) != shape:
+    def filled() -> list[Held]:
+        if path is not None and replace(read_shape(path), quantization=None) != replace(shape, quantization=None):
             raise MegamodError(f"reference.path = {path}: its config.json describes another model than the one that is trained")
-        return load(chunks, shape, grid, source if path is None else Safetensors(path), where=path or cfg.model.path)
+        if path is None:
+            return load(chunks, shape, grid, source, where=cfg.model.path)
+        theirs = quantised(weights_at(path, shape, cfg.seed), shape.quantization, "reference.path")
+        return load(chunks, shape, grid, theirs, where=path)
 
     items = together(filled)
     assert items is not None

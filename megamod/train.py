@@ -28,6 +28,7 @@ from megamod.errors import MegamodError, during
 from megamod.evaluate.validation import Validation, labelled_rows
 from megamod.log import Log, add_to_record, record_run
 from megamod.losses import needs_of
+from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Plan
 from megamod.model.shape import Shape, read_shape
@@ -37,10 +38,11 @@ from megamod.parallel.collectives import gathered, on_first, together
 from megamod.reference import Reference, adapter_beside, model_at_start
 from megamod.step import train_step
 from megamod.weights import fingerprint, peft
+from megamod.weights.bitsandbytes import quantised, quantization_at
 from megamod.weights.export import check as check_export
 from megamod.weights.export import export, refuse_taken
 from megamod.weights.load import Random, Source, load, weights_at
-from megamod.weights.table import hf_shapes
+from megamod.weights.table import Placed, hf_shapes
 
 
 def train(cfg: RunConfig) -> Path:
@@ -93,26 +95,30 @@ def _train(cfg: RunConfig) -> Path:
     validation = together(lambda: _validation(cfg, shape, directory, first))
     texts = together(lambda: chat.companions(d.chat))  # as they are now: the export is of what was trained
 
-    chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     if cfg.checkpoint.export and first < cfg.steps:
         _check_exports(shape, cfg, exports, first)
     source = weights_of(cfg, shape)
     compared = together(lambda: adapter_beside(cfg, shape, plan))
-    base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))
+    with Peak(grid.device) as peak:
+        chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
+        base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))
     assert base is not None
-    items, adapters, about = base, None, dict(identity)
+    items: Sequence[Placed] = [item for item in base if isinstance(item, Placed)]
+    adapters, about = None, dict(identity)
+    known = None  # the base's fingerprint
     if plan is not None:
         before, known = fingerprint.of_model(base, grid, None), fingerprint.of_model(base, grid)
         together(partial(_check_base, newest, plan, known))
         if compared is not None and not isinstance(compared, Plan):
             together(partial(peft.check_fingerprint, compared, known, "the reference"))
+        about |= {"quantization": config.as_json(shape.quantization)}
         about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
         adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"], compared)
         items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
     if stored is not None and newest is None:
-        model = model_at_start(fingerprint.of_model(base, grid), plan, adapters, grid)
+        model = model_at_start(known or fingerprint.of_model(base, grid), plan, adapters, grid)
         together(partial(stored.check, model))
     reference = Reference(cfg, shape, grid, wrapped, items, adapters, source, stored)
     about |= {"reference": reference.identity}
@@ -128,6 +134,7 @@ def _train(cfg: RunConfig) -> Path:
         record_run(cfg, directory, facts | {"adapters": {name: path for part in paths for name, path in part.items()}})
     chosen = " · ".join(f"{question} {answer}" for question, answer in backends.items())
     log.say(f"{shape.family} {shape.parameters() / 1e9:.3f}B · {grid} · {grid.device.type} · {chosen}")
+    log.say(f"loaded: private memory from {peak.before:,.0f} to at most {peak.value:,.0f} MiB")
     if adapters is not None:
         log.say(str(adapters))
     for store in stores:
@@ -320,12 +327,16 @@ def model_shape(cfg: RunConfig) -> Shape:
     shape = read_shape(cfg.model.path if cfg.model.shape is None else cfg.model.shape)
     if cfg.model.shape is not None and (Path(cfg.model.path) / "config.json").exists() and read_shape(cfg.model.path) != shape:
         raise MegamodError(f"model.shape = {cfg.model.shape} describes another model than {cfg.model.path}/config.json: remove model.shape")
-    return shape.scored(cfg.model.score)
+    shape = shape.scored(cfg.model.score).quantized(quantization_at(cfg.model.path)).quantized(cfg.model.quantization)
+    if shape.quantization is not None and cfg.lora is None:
+        raise MegamodError(f"model.path = {cfg.model.path} is in 4 bits, which are frozen, and nothing would be trained: set lora.r")
+    return shape
 
 
 def weights_of(cfg: RunConfig, shape: Shape) -> Source:
     """Where the run's first weights come from."""
-    return Random(shape, cfg.seed) if cfg.model.init == "random" else weights_at(cfg.model.path, shape, cfg.seed)
+    source = Random(shape, cfg.seed) if cfg.model.init == "random" else weights_at(cfg.model.path, shape, cfg.seed)
+    return quantised(source, shape.quantization, "model.quantization")
 
 
 class _Parser(argparse.ArgumentParser):

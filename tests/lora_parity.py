@@ -1,35 +1,42 @@
 """LoRA's oracle, peft on transformers' model in one process, and what a pool rank does to be compared with it."""
 
+import ctypes
 import gc
 import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import oracle
 import parity
+import preferences
 import tiny
 import torch
 import torch.distributed as dist
 from parity import Case, Run
 from torch import Tensor, nn
 
-from megamod import checkpoint
+from megamod import checkpoint, losses
 from megamod.batch import Batch
 from megamod.config import LoraConfig, ModelConfig, OptimConfig, ParallelConfig, as_json
 from megamod.config import load as load_config
 from megamod.losses import LossFunction
+from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
-from megamod.model.lora import Adapters
+from megamod.model.lora import Adapters, Plan
+from megamod.model.shape import read_shape
 from megamod.optim import Optimizer
 from megamod.parallel.grid import Grid, started
+from megamod.reference import Reference
 from megamod.step import eval_step, train_step
 from megamod.train import train
 from megamod.weights import fingerprint, peft
-from megamod.weights.load import Tensors, load
-from megamod.weights.table import placed
+from megamod.weights.load import Tensors, load, weights_at
+from megamod.weights.quantization import Quantization
+from megamod.weights.table import frozen, placed
 from megamod_kernels.lora import Dropout, dropout_keep
 
 Weights = dict[str, Tensor]
@@ -56,12 +63,41 @@ def initial(cfg: LoraConfig, model: str) -> Weights:
     return weights(replace(cfg, use_dora=False, modules_to_save=()), model, seed=11) if cfg.init_lora_weights == "pissa" else {}
 
 
-def oracle_of(cfg: LoraConfig, model: str, own: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> nn.Module:
+def base_of(model: str, quantization: Quantization | None) -> Weights:
+    """The base's weights: in double; of one that is to be in 4 bits, which are made of at most fp32, in bfloat16."""
+    return tiny.weights(model, torch.float64 if quantization is None else torch.bfloat16)
+
+
+def in_4_bits(hf: nn.Module, quantization: Quantization) -> nn.Module:
+    """`hf` with what bitsandbytes keeps of its linears, made dense again by bitsandbytes, in double.
+
+    Its own Linear4bit computes in fp32 at most. A weight is given to it flat: on a CPU it cuts the blocks of a matrix whose rows are no
+    multiple of them otherwise when it reads than when it writes.
+    """
+    import bitsandbytes.functional as bnb
+
+    for name, module in hf.named_modules():
+        for param in module.parameters(recurse=False):
+            param.data = param.data.bfloat16()
+        if isinstance(module, nn.Linear) and name != "lm_head" and quantization.converts(name):
+            q, shape = quantization, module.weight.shape
+            flat = module.weight.data.flatten()
+            codes, state = bnb.quantize_4bit(
+                flat, blocksize=q.blocksize, quant_type=q.quant_type, compress_statistics=q.use_double_quant
+            )  # fmt: skip
+            state.dtype = torch.float32  # and not rounded to bfloat16
+            module.weight.data = bnb.dequantize_4bit(codes, state).view(shape)
+    return hf.double()
+
+
+def oracle_of(
+    cfg: LoraConfig, model: str, own: Mapping[str, Tensor], first: Mapping[str, Tensor], quantization: Quantization | None = None
+) -> nn.Module:
     """peft's model with the adapter's weights; with PiSSA its base is W - s·B₀A₀."""
     from peft import LoraConfig as Peft
     from peft import get_peft_model
 
-    hf = oracle.model(model)
+    hf = oracle.model(model) if quantization is None else in_4_bits(oracle.model(model), quantization)
     for slot in peft.slots(cfg, tiny.shape(model)).values():
         if first:
             hf.get_submodule(slot.module).weight.data -= slot.scale * first[slot.b] @ first[slot.a]
@@ -134,9 +170,11 @@ def masks(adapted: nn.Module, p: float) -> list[Mask]:
     return found
 
 
-def expected(cfg: LoraConfig, model: str, batches: list[Batch], loss: LossFunction = parity.everything) -> tuple[Tensor, Weights]:
+def expected(
+    cfg: LoraConfig, model: str, batches: list[Batch], loss: LossFunction = parity.everything, quantization: Quantization | None = None
+) -> tuple[Tensor, Weights]:
     """The oracle's loss and gradients, by PEFT's names."""
-    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model))
+    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model), quantization)
     drawn = masks(adapted, cfg.lora_dropout) if cfg.lora_dropout else []
 
     def before(batch: Batch, token: int) -> None:
@@ -147,11 +185,13 @@ def expected(cfg: LoraConfig, model: str, batches: list[Batch], loss: LossFuncti
     return value, {name: param.grad for name, param in trained(adapted).items() if param.grad is not None}
 
 
-def steps(cfg: LoraConfig, model: str, optim: OptimConfig, count: int) -> tuple[list[float], Weights]:
+def steps(
+    cfg: LoraConfig, model: str, optim: OptimConfig, count: int, quantization: Quantization | None = None
+) -> tuple[list[float], Weights]:
     """Norms before clipping, and the weights after `count` steps of torch's AdamW, or of peft's LoRA+."""
     from peft.optimizers import create_loraplus_optimizer
 
-    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model))
+    adapted = oracle_of(cfg, model, weights(cfg, model), initial(cfg, model), quantization)
     params = trained(adapted)
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if cfg.loraplus_lr_ratio is not None:
@@ -179,6 +219,12 @@ class LoraCase:
 
     lora: LoraConfig
     case: Case
+    quantization: Quantization | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Of what is expected: the same on every grid."""
+        return self.case.model, repr(self.lora), str(self.quantization)
 
 
 class SeededRun(Run):
@@ -198,10 +244,10 @@ def prepare(
     one: LoraCase, grid: Grid, optim: OptimConfig | None = None, configs: Mapping[str, LoraConfig] | None = None
 ) -> tuple[Run, Adapters]:
     """The case's adapter is trained; `configs` may have frozen ones beside it, each with weights of its own."""
-    case, shape = one.case, tiny.shape(one.case.model)
+    case, shape = one.case, tiny.shape(one.case.model).quantized(one.quantization)
     cfg = ModelConfig(path="", dtype=case.dtype, recompute=case.recompute, recompute_modules=case.recompute_modules)  # type: ignore[arg-type]
     chunks, _ = build(cfg, shape, grid)
-    load(chunks, shape, grid, Tensors(tiny.weights(case.model)))
+    load(chunks, shape, grid, Tensors(base_of(case.model, one.quantization)))
     adapters = Adapters(chunks, shape, grid, configs or {"default": one.lora}, "default")
     for number, (name, own) in enumerate(adapters.configs.items()):
         adapters.fill(name, Tensors(weights(own, case.model, 5 + number)), Tensors(initial(own, case.model)))
@@ -215,7 +261,7 @@ def optimize(cases: list[LoraCase], optim: OptimConfig, expected_file: str) -> l
     known = torch.load(expected_file, weights_only=True)
     results = []
     for one in cases:
-        norms, after = known[one.case.model, repr(one.lora)]
+        norms, after = known[one.key]
         with started(one.case.parallel, tiny.shape(one.case.model)) as grid:
             run, _ = prepare(one, grid, optim)
             off = 0.0
@@ -244,6 +290,38 @@ def choose(one: LoraCase, other: LoraConfig) -> dict[str, list[float]]:
         return found | {"bare": [evaluated(parity.prepare(one.case, grid))]}
 
 
+def preferring(one: LoraCase, expected_file: str) -> tuple[float, float]:
+    """A step of DPO whose reference is the base: the error of the loss on this rank, and the worst of a gradient."""
+    value, gradients = torch.load(expected_file, weights_only=True)
+    with started(one.case.parallel, tiny.shape(one.case.model)) as grid:
+        run, adapters = prepare(one, grid)
+        loss, case = preferences.LOSSES["dpo"], one.case
+        cfg = preferences.config(loss, lora=one.lora)
+        shape = tiny.shape(case.model).quantized(one.quantization)
+        reference = Reference(cfg, shape, grid, run.optimizer.chunks, adapters.items, adapters, Tensors({}))
+        loader = preferences.loader(case.model, grid.dp.rank, grid.dp.size, case.count(grid))
+        batches = reference.complete(loader.step(0), partial(loader.mismatched, 0, grid.pp.size))
+        metrics = train_step(run.optimizer.chunks, batches, loss, grid)
+        off = abs(float(metrics["loss"]) - float(value)) / abs(float(value)) if metrics else 0.0
+        return off, parity.worst(run, gradients, parity.gradient)
+
+
+def beside_transformers(path: str, adapter: str, q: Quantization, batch: Batch, expected_file: str) -> tuple[float, float]:
+    """A step on two tp ranks in fp32 on the base at `path`: the error of the loss on this rank, and the worst of a gradient."""
+    value, gradients = torch.load(expected_file, weights_only=True)
+    shape = read_shape(path).quantized(q)
+    with started(ParallelConfig(tp=2, sp=True), shape) as grid:
+        chunks, _ = build(ModelConfig(path=path, dtype="float32", recompute="full"), shape, grid)
+        base = weights_at(path, shape, 0)
+        load(chunks, shape, grid, base)
+        plan = Plan.of(LoraConfig(path=adapter), shape)
+        adapters = plan.attach(chunks, shape, grid, base, 0, Path("unused"))
+        wrapped = data_parallel(chunks, grid)
+        run = Run(grid, Case("", ParallelConfig()), Optimizer(OptimConfig(), wrapped, adapters.items, grid))
+        metrics = train_step(wrapped, [batch], losses.cross_entropy, grid)
+        return abs(float(metrics["loss"]) - value) / value, parity.worst(run, gradients, parity.gradient)
+
+
 def evaluated(run: Run) -> float:
     """The loss, on every rank."""
     metrics = eval_step(run.optimizer.chunks, run.case.batches(run.grid), parity.everything, run.grid)
@@ -270,6 +348,20 @@ def fingerprints(parallel: ParallelConfig, model: str, dtype: str) -> list[str]:
                     last = item.param.view(-1)[-1:]
                     last.copy_(torch.nextafter(last, torch.full_like(last, torch.inf)))
         return [*found, fingerprint.of_model(items, grid, None)]
+
+
+def fingerprints_in_4_bits(parallel: ParallelConfig, model: str, q: Quantization) -> tuple[str, str]:
+    """Of a base in 4 bits: as loaded, and after two steps of an adapter on it."""
+    shape = tiny.shape(model).quantized(q)
+    with started(parallel, shape) as grid:
+        run, _ = prepare(LoraCase(LoraConfig(r=3), Case(model, parallel), q), grid)
+        own = (run.optimizer.chunks, shape, grid.tp.size, grid.tp.rank)
+        items = [*placed(*own), *frozen(*own)]
+        before = fingerprint.of_model(items, grid)
+        for _ in range(2):
+            run.step()
+            run.optimizer.step(1e-2)
+        return before, fingerprint.of_model(items, grid)
 
 
 def cycles(one: LoraCase, count: int, directory: str) -> tuple[bool, bool, Mapping[str, tuple[int, ...]]]:
@@ -307,7 +399,7 @@ def compare(cases: list[LoraCase], expected_file: str) -> list[tuple[float, floa
         for one in cases:
             run, _ = prepare(one, grid)
             run.step()
-            value, gradients = known[one.case.model, repr(one.lora)]
+            value, gradients = known[one.key]
             off = abs(float(run.metrics["loss"]) - float(value)) / abs(float(value)) if run.metrics else 0.0
             results.append((off, parity.worst(run, gradients, parity.gradient), parity.owned(run)))
     return results
@@ -323,3 +415,17 @@ def trained_by_runs(runs: list[tuple[str, list[str]]]) -> list[tuple[dict[int, f
         found.append(({line["step"]: line["loss"] for line in lines}, str(max((Path(directory) / "peft").iterdir()))))
         gc.collect()
     return found
+
+
+def memory_of_loading(path: str, tp: int) -> tuple[float, float]:
+    """MiB of this rank's private memory before its model is made, and at most until it is loaded, in bfloat16 on a base in NF4."""
+    shape = read_shape(path).quantized(Quantization())
+    with started(ParallelConfig(tp=tp), shape) as grid:
+        source = weights_at(path, shape, 0)
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what earlier tests have freed would be taken again, and not be seen
+        with Peak(grid.device) as peak:
+            chunks, _ = build(ModelConfig(path=path, dtype="bfloat16"), shape, grid)
+            load(chunks, shape, grid, source)
+        return peak.before, peak.value

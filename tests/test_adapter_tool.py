@@ -17,7 +17,7 @@ from test_peft import base_directory, differences, digest, full, made
 
 from megamod import checkpoint
 from megamod.config import LoraConfig, as_json
-from megamod.weights import merge as merge_module
+from megamod.weights import export as export_module
 from megamod.weights import peft
 from megamod.weights.fingerprint import of_source
 from megamod.weights.load import Safetensors
@@ -137,7 +137,7 @@ def test_one_line_and_nothing_left(
     [
         (checkpoint, ["import", "adapter", "--base", "base", "out"]),
         (peft, ["export", "ours", "out"]),
-        (merge_module, ["merge", "adapter", "out"]),
+        (export_module, ["merge", "adapter", "out"]),
     ],
     ids=["import", "export", "merge"],
 )

@@ -65,7 +65,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
             rows = parity.made_rows(model)
             if cfg.lora_dropout:
                 rows = [replace(row, seed=lora.seed_of(i)) for i, row in enumerate(rows)]
-            results[model, repr(cfg)] = lora.expected(cfg, model, rows)
+            results[LoraCase(cfg, Case(model, P())).key] = lora.expected(cfg, model, rows)
     path = tmp_path_factory.mktemp("peft") / "expected.pt"
     torch.save(results, path)
     return str(path)
@@ -114,7 +114,7 @@ STEPPED = {
 def test_ten_steps(name: str, tmp_path: Path) -> None:
     """The norm at each of ten steps, and the weights after them: AdamW with clipping, also LoRA+ against peft's own optimizer."""
     (cfg, grid), model = STEPPED[name], "qwen2-1kv"
-    torch.save({(model, repr(cfg)): lora.steps(cfg, model, OPTIM, 10)}, tmp_path / "steps.pt")
+    torch.save({LoraCase(cfg, Case(model, P())).key: lora.steps(cfg, model, OPTIM, 10)}, tmp_path / "steps.pt")
     grids = [P(tp=2, cp=2, sp=True), grid]
     cases = [LoraCase(cfg, Case(model, grid, "full")) for grid in grids]
     answers = distributed.run(distributed.WORLD, lora.optimize, cases, OPTIM, str(tmp_path / "steps.pt"))

@@ -30,7 +30,7 @@ from megamod import checkpoint
 from megamod.config import LoraConfig, ParallelConfig, as_json
 from megamod.errors import MegamodError
 from megamod.model.shape import Shape, shape_of
-from megamod.weights import merge as merge_module
+from megamod.weights import export as export_module
 from megamod.weights import peft
 from megamod.weights.fingerprint import of_source
 from megamod.weights.load import Safetensors, Tensors, check_keys
@@ -258,7 +258,7 @@ def test_peft_computes_what_was_exported(tmp_path: Path, case: str) -> None:
         assert torch.equal(stored.pop("base_model.model.lm_head.weight"), tensors["base_model.model.model.embed_tokens.weight"])
     assert differences(stored, tensors) == []
     found = peft.Peft(tmp_path / "out")
-    assert (found.base, found.dtype) == ("0123", torch.float64)
+    assert (found.base, found.factor_dtype) == ("0123", torch.float64)
     peft.check(found, found.config, tiny.shape(name), "here")
     assert peft.base_of(tmp_path / "out") == "models/base"
     assert {f.name for f in tmp_path.rglob("*")} == {"out", peft.CONFIG, peft.TENSORS, "run.json"}
@@ -568,7 +568,7 @@ def test_a_fault_while_merging_leaves_nothing(tmp_path: Path) -> None:
         written.append(file)
         (full if len(written) == 3 else save_file)(tensors, file, **kwargs)
 
-    with mock.patch.object(merge_module, "save_file", later):
+    with mock.patch.object(export_module, "save_file", later):
         assert "No space left" in complaint(lambda: merge(base, tmp_path / "adapter", tmp_path / "out", shard_bytes=10_000))
     assert len(written) == 3
     assert sorted(tmp_path.rglob("*")) == before

@@ -4,7 +4,8 @@
     python tools/adapter.py export CHECKPOINT OUT               a PEFT directory of a run's checkpoint
     python tools/adapter.py merge ADAPTER OUT --base MODEL      a Hugging Face directory that needs no adapter
 
-ADAPTER is a PEFT directory, or a checkpoint, which knows its base. OUT is new; after a fault it is not there.
+ADAPTER is a PEFT directory, or a checkpoint, which knows its base. MODEL may be in bitsandbytes' 4 bits, or plain where an adapter
+says what it was quantised to in training; what is merged is plain. OUT is new; after a fault it is not there.
 """
 
 import argparse
@@ -72,8 +73,9 @@ def described(adapter: peft.Adapter, shape: Shape) -> str:
     leaves = ", ".join(sorted({slot.module.rpartition(".")[2] for slot in slots}))
     copies = "".join(f" · {origin} whole" for origin in peft.saved(cfg, shape).values())
     numbers = sum(math.prod(size) for size in adapter.shapes().values())
-    dtype = peft.dtype_name(adapter.dtype)
-    return f"{kind} · rank {ranks} · scale {scales} · {len(slots)} linears: {leaves}{copies} · {numbers:,} parameters, {dtype}"
+    dtype = peft.dtype_name(adapter.factor_dtype)
+    base = f" · on a base in {adapter.quantization}" if adapter.quantization is not None else ""
+    return f"{kind} · rank {ranks} · scale {scales} · {len(slots)} linears: {leaves}{copies} · {numbers:,} parameters, {dtype}{base}"
 
 
 if __name__ == "__main__":

@@ -12,13 +12,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +26,7 @@ from megamod.config import ModelConfig, ParallelConfig
 from megamod.data.documents import IGNORED, Document
 from megamod.data.packing import micro_batch
 from megamod.errors import MegamodError
+from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
 from megamod.model.shape import Shape, read_shape, shape_of
 from megamod.parallel import grid as grids
@@ -39,7 +37,6 @@ SMALL = {
     "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 4096, "max_position_embeddings": 1 << 20,
 }  # fmt: skip
-EVERY = 0.005  # seconds between two looks at the memory
 # glibc gives freed memory back at once, so that what is seen is what is held, and not what was.
 PROMPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -58,41 +55,6 @@ class Measured:
     def step(self) -> float:
         """MiB that the step itself needed at its worst."""
         return self.peak - self.before
-
-
-class Peak:
-    """`with Peak(device) as peak:` — the largest private memory of this process, in MiB: RssAnon, or what the GPU's allocator held."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.value = device, 0.0
-        self._done = threading.Event()
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated() / 2**20
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("RssAnon:")[2].split()[0]) / 1024
-
-    def _watch(self) -> None:
-        while not self._done.wait(EVERY):
-            self.value = max(self.value, self.now())
-
-    def __enter__(self) -> "Peak":
-        self.value = self.now()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        if self.device.type != "cuda":  # a GPU's allocator remembers
-            self._watcher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type != "cuda":
-            self._done.set()
-            self._watcher.join()
-        else:
-            torch.cuda.synchronize()
-            self.value = torch.cuda.max_memory_allocated() / 2**20
 
 
 def documents(tokens: int, vocab: int, seed: int = 1) -> list[Document]:

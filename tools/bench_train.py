@@ -272,7 +272,7 @@ def write_model(job: Job, like: Path, shape: Shape) -> None:
     dtype, source = peft.DTYPES[job.dtype], Random(shape, job.seed)
     job.model.mkdir()
     config = json.loads((like / "config.json").read_text(encoding="utf-8"))
-    (job.model / "config.json").write_text(json.dumps({**config, "torch_dtype": job.dtype}), encoding="utf-8")
+    (job.model / "config.json").write_text(json.dumps({**config, "torch_dtype": job.dtype, "quantization_config": None}), encoding="utf-8")
     tensors = {name: source.read(name, [0] * len(size), size).to(dtype) for name, size in hf_shapes(shape).items()}
     save_file(tensors, job.model / "model.safetensors", metadata={"format": "pt"})
 

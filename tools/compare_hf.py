@@ -19,7 +19,7 @@ from megamod.data.packing import micro_batch
 from megamod.model.build import DTYPES, build
 from megamod.model.shape import read_shape
 from megamod.parallel import grid as grids
-from megamod.weights.load import Safetensors, load
+from megamod.weights.load import load, weights_at
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 0.1}  # transformers computes norms and RoPE in fp32, also in float64
 
@@ -45,7 +45,7 @@ def difference(directory: str, dtype: str) -> tuple[float, float]:
     shape = read_shape(directory)
     grid = grids.start(ParallelConfig(), shape)
     chunks, _ = build(ModelConfig(path=directory, dtype=dtype), shape, grid)  # type: ignore[arg-type]
-    load(chunks, shape, grid, Safetensors(directory), where=directory)
+    load(chunks, shape, grid, weights_at(directory, shape, 0), where=directory)
     chunk = chunks[0].eval()
     documents = synthetic(SyntheticData(documents=4, mean_length=24, labelled=1.0), shape.vocab, 48, seed=1)
     batch = micro_batch([documents], sum(len(d.tokens) for d in documents)).to(grid.device)

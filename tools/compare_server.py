@@ -54,7 +54,7 @@ from megamod.parallel.collectives import on_first, together
 from megamod.parallel.grid import Grid
 from megamod.step import collect
 from megamod.weights import peft
-from megamod.weights.load import Safetensors, load
+from megamod.weights.load import load, weights_at
 
 TOP = 5  # the most that OpenAI's completions give
 SECONDS = 300.0  # for an answer: some servers compile at the first
@@ -276,7 +276,7 @@ def here(
     chosen: Dtype = dtype or ("bfloat16" if grid.device.type == "cuda" else "float32")
     opened = together(lambda: {name: peft.opened(where, shape) for name, where in adapters.items()}) or {}
     chunks, _ = build(ModelConfig(path=str(base), dtype=chosen), shape, grid)
-    together(lambda: load(chunks, shape, grid, Safetensors(base), where=str(base)))
+    together(lambda: load(chunks, shape, grid, weights_at(base, shape, 0), where=str(base)))
     beside = Adapters(chunks, shape, grid, {name: one.config for name, one in opened.items()})
     for adapter, one in opened.items():
         together(partial(beside.fill, adapter, one))

@@ -83,6 +83,37 @@ class LoraCase:
         return 2 * self.tokens * sum(rank * (self.channels + features) for _, features, rank, _ in self.parts)
 
 
+@dataclass(frozen=True)
+class Nf4Case:
+    """The rectangle of `size` at `offset` of a matrix of `shape`."""
+
+    label: str
+    shape: tuple[int, int]
+    offset: tuple[int, int]
+    size: tuple[int, int]
+    blocksize: int = 64
+    double: bool = True
+    bench: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} {self.size[0]}x{self.size[1]} of {self.shape[0]}x{self.shape[1]} B{self.blocksize}{' double' * self.double}"
+
+    @property
+    def numbers(self) -> int:
+        return self.size[0] * self.size[1]
+
+
+def _nf4_72b(tp: int) -> list[Nf4Case]:
+    """The last rank's part of the three largest kinds of weights: cut by rows, by columns, and by columns inside blocks."""
+    rows, columns, inside = (29568 // tp, 8192), (8192, 8192 // tp), (8192, 29568 // tp)
+    return [
+        Nf4Case(f"gate_proj tp{tp}", (29568, 8192), (29568 - rows[0], 0), rows, bench=True),
+        Nf4Case(f"o_proj tp{tp}", (8192, 8192), (0, 8192 - columns[1]), columns, bench=True),
+        Nf4Case(f"down_proj tp{tp}", (8192, 29568), (0, 29568 - inside[1]), inside, bench=True),
+    ]
+
+
 def _stacked(rows: tuple[int, ...], rank: int, scale: float) -> tuple[tuple[int, int, int, float], ...]:
     return tuple((end - n, n, rank, scale) for n, end in zip(rows, accumulate(rows), strict=True))
 
@@ -127,4 +158,17 @@ LORA = [
     LoraCase("gaps", 1, 16, 104, ((8, 8, 4, 1.0), (90, 5, 4, 1.0))),  # columns without a part, and whole tiles
     LoraCase("none", 0, 16, 24, ((0, 24, 4, 2.0),)),
     LoraCase("odd sizes", 17, 37, 41, ((3, 30, 5, 2.0),)),  # no rows of 16 bytes
+]
+NF4 = [
+    *(case for tp in (1, 2, 4, 8) for case in _nf4_72b(tp)),
+    Nf4Case("whole", (6, 128), (0, 0), (6, 128)),
+    Nf4Case("rows", (9, 96), (3, 0), (4, 96), 32, double=False),
+    Nf4Case("columns", (5, 256), (0, 64), (5, 128)),
+    Nf4Case("inside blocks", (5, 320), (0, 96), (5, 160), 128),  # pieces of 16 bytes
+    Nf4Case("inside blocks, uneven", (5, 320), (0, 48), (5, 77)),
+    Nf4Case("other phases", (7, 75), (1, 4), (6, 50), 32),
+    Nf4Case("odd", (3, 37), (0, 0), (3, 37), double=False),  # the last block is not full, the last byte has one number
+    Nf4Case("a last block", (40, 120), (0, 0), (40, 120), 4096),
+    Nf4Case("many blocks", (300, 64), (100, 0), (200, 64), 32),  # of several nested ones
+    Nf4Case("none", (4, 64), (2, 0), (0, 64)),
 ]

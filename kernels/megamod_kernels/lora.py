@@ -10,7 +10,8 @@ With ⊙ the element-wise product, keep the dropout's `[T, C]` mask of zeros and
     dA_i = dS_iᵀ x̃                          dx = dy W + keep ⊙ (Σ_i dS_i A_i) / (1 - p)
 
 Down and up are two functions too, because under sequence parallelism only S, R numbers a token, is gathered between them. W and bias
-are frozen: they get no gradient, so the backward of y = x Wᵀ needs no x. What is kept is x for dA, S for dB, and the weights.
+are frozen: they get no gradient, so the backward of y = x Wᵀ needs no x. What is kept is x for dA, S for dB, and the weights: a W in
+4 bits as it is, made dense once in the forward and once in the backward.
 
 Shapes: T tokens, C input features, F output features of the linear, F_i of a part, R_i its rank, R = Σ R_i.
 
@@ -47,6 +48,25 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 CPU_COUNTERS = 1 << 15  # Philox counters that a core makes at a time: their int64 tensors stay in its cache
 GPU_COUNTERS = 1 << 24
+
+
+class Compact:
+    """A frozen weight that is kept in fewer bits than it is multiplied in, and made dense each time that it is.
+
+    Attributes:
+        shape, dtype, device: of the dense weight.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def dense(self) -> Tensor:
+        """`[F, C]`, contiguous; good until the next compact weight is made dense, which may take the same memory."""
+        raise NotImplementedError
+
+
+Weight = Tensor | Compact  # frozen, [F, C]
 
 
 class Part(NamedTuple):
@@ -260,12 +280,16 @@ if triton is not None:
     INTERPRETED = not isinstance(_down_kernel, triton.JITFunction)
 
 
-def path(weight: Tensor) -> str:
+def path(weight: Weight) -> str:
     """Who multiplies by a frozen `weight` `[F, C]`, for a run's log: "triton", the fused kernels, or "addmm", torch's products.
 
     The kernels read pieces of 16 bytes: F and C must be multiples of 8, and the weight contiguous.
     """
-    return "triton" if _fits(weight, weight) and len(weight) % 8 == 0 else "addmm"
+    if isinstance(weight, Compact):
+        fits = _runs(weight.device, weight.dtype) and weight.shape.numel() > 0 and weight.shape[1] % 8 == 0
+    else:
+        fits = _fits(weight, weight)
+    return "triton" if fits and weight.shape[0] % 8 == 0 else "addmm"
 
 
 def _runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -384,6 +408,11 @@ def _masked_d_a(ds: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
 # ---- products: by the kernels where they can, else by torch
 
 
+def dense(weight: Weight) -> Tensor:
+    """`[F, C]`; of a compact weight good until the next one is made dense."""
+    return weight.dense() if isinstance(weight, Compact) else weight
+
+
 class _Span(NamedTuple):
     """Where a part lies: its columns of S and of y, and its scale."""
 
@@ -489,25 +518,26 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: Dropout | None, spans: tuple[_Span, ...], *ab: Tensor
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, dropout: Dropout | None, spans: tuple[_Span, ...], *ab: Tensor
     ) -> Tensor:
         a, b = ab[: len(spans)], ab[len(spans) :]
         s = _down(x, _stacked(a), dropout)
         need_a, need_b = ctx.needs_input_grad[5 : 5 + len(a)], ctx.needs_input_grad[5 + len(a) :]
-        ctx.save_for_backward(x if any(need_a) else None, weight, s if any(need_b) else None, *ab)
-        ctx.dropout, ctx.spans = dropout, spans
-        return _up(x, weight, bias, s, b, spans)
+        ctx.save_for_backward(x if any(need_a) else None, s if any(need_b) else None, *ab)
+        ctx.weight, ctx.dropout, ctx.spans = weight, dropout, spans
+        return _up(x, dense(weight), bias, s, b, spans)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, s, *ab = ctx.saved_tensors
+        x, s, *ab = ctx.saved_tensors
         n = len(ctx.spans)
         need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[5 : 5 + n], ctx.needs_input_grad[5 + n :]
         db = _grads_of_b(dy, s, ctx.spans, need_b)
         if not (need_x or any(need_a)):
             return (*(None for _ in range(5 + n)), *db)
-        dx, *da = _grads_of_down(x, dy, weight, _d_down(dy, ab[n:], ctx.spans), ab[:n], ctx.dropout, ctx.spans, need_x, need_a)
+        ds, weight = _d_down(dy, ab[n:], ctx.spans), dense(ctx.weight) if need_x else None
+        dx, *da = _grads_of_down(x, dy, weight, ds, ab[:n], ctx.dropout, ctx.spans, need_x, need_a)
         return dx, None, None, None, None, *da, *db
 
 
@@ -533,19 +563,41 @@ class _Up(torch.autograd.Function):
     """lora_up: keeps W, S and the B's; not x, whose gradient a frozen W alone gives."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, spans: tuple[_Span, ...], *b: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, s if any(ctx.needs_input_grad[5:]) else None, *b)
-        ctx.spans = spans
-        return _up(x, weight, bias, s, b, spans)
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor, spans: tuple[_Span, ...], *b: Tensor) -> Tensor:
+        ctx.save_for_backward(s if any(ctx.needs_input_grad[5:]) else None, *b)
+        ctx.weight, ctx.spans = weight, spans
+        return _up(x, dense(weight), bias, s, b, spans)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, s, *b = ctx.saved_tensors
+        s, *b = ctx.saved_tensors
         need_x, _, _, need_s, _, *need_b = ctx.needs_input_grad
-        dx = dy @ weight if need_x else None
+        dx = dy @ dense(ctx.weight) if need_x else None
         ds = _d_down(dy, b, ctx.spans) if need_s else None
         return dx, None, None, ds, None, *_grads_of_b(dy, s, ctx.spans, need_b)
+
+
+class _Frozen(torch.autograd.Function):
+    """x Wᵀ + bias, of a compact W: keeps it as it is, where torch would keep what is made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Compact, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dense(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy @ ctx.weight.dense() if ctx.needs_input_grad[0] else None, None, None
+
+
+def _frozen(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The linear without adapters."""
+    if not isinstance(weight, Compact):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Frozen.apply(x, weight, bias)
+    return y
 
 
 def _grads_of_b(dy: Tensor, s: Tensor | None, spans: Sequence[_Span], need: Sequence[bool]) -> list[Tensor | None]:
@@ -577,12 +629,12 @@ def _grads_of_down(
 # ---- public functions
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], dropout: Dropout | None = None) -> Tensor:
+def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part], dropout: Dropout | None = None) -> Tensor:
     """A frozen linear with its adapters: `lora_up(x, weight, bias, lora_down(x, parts, dropout), parts)`, in one.
 
     Args:
         x: `[..., C]`; its leading axes are tokens.
-        weight: `[F, C]`, frozen.
+        weight: `[F, C]`, frozen; or compact, and then made dense where it is multiplied with, forward and backward.
         bias: `[F]`, frozen, or None.
         parts: what is added, and where. Parts may overlap, and columns may be without any. All in x's dtype. Gradients go to x and
             to the a's and b's that ask for one.
@@ -594,14 +646,14 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a weight or bias that asks for a gradient.
     """
-    _check(x, parts, len(weight))
+    _check(x, parts, weight.shape[0])
     _check_frozen(x, weight, bias)
     if not parts:
-        return F.linear(x, weight, bias)
+        return _frozen(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [T, C]
     ab = (*(part.a for part in parts), *(part.b for part in parts))
     y: Tensor = _Linear.apply(rows, weight, bias, _real(dropout), _spans(parts), *ab)
-    return y.view(*x.shape[:-1], len(weight))
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_down(x: Tensor, parts: Sequence[Part], dropout: Dropout | None = None) -> Tensor:
@@ -614,17 +666,17 @@ def lora_down(x: Tensor, parts: Sequence[Part], dropout: Dropout | None = None) 
     return s.view(*x.shape[:-1], s.shape[-1])
 
 
-def lora_up(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, parts: Sequence[Part]) -> Tensor:
+def lora_up(x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, parts: Sequence[Part]) -> Tensor:
     """y, `[..., F]`, of x `[..., C]` and lora_down's S `[..., R]`, of the same tokens; arguments and errors as lora_linear's."""
-    _check(x, parts, len(weight))
+    _check(x, parts, weight.shape[0])
     _check_frozen(x, weight, bias)
     if list(down.shape) != [*x.shape[:-1], sum(len(part.a) for part in parts)] or down.dtype != x.dtype:
         raise ValueError(f"down {down.dtype} {list(down.shape)} does not fit x {x.dtype} {list(x.shape)} and parts of {_ranks(parts)}")
     if not parts:
-        return F.linear(x, weight, bias)
+        return _frozen(x, weight, bias)
     rows, s = x.reshape(-1, x.shape[-1]), down.reshape(-1, down.shape[-1])  # [T, C], [T, R]
     y: Tensor = _Up.apply(rows, weight, bias, s, _spans(parts), *(part.b for part in parts))
-    return y.view(*x.shape[:-1], len(weight))
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _real(dropout: Dropout | None) -> Dropout | None:
@@ -648,14 +700,14 @@ def _check(x: Tensor, parts: Sequence[Part], features: int | None = None) -> Non
                 raise ValueError(f"part {i} with {name} {t.dtype} on {t.device}: x's {x.dtype} on {x.device} was expected")
 
 
-def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and list(bias.shape) != [len(weight)]):
+def _check_frozen(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
+    if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and list(bias.shape) != [weight.shape[0]]):
         found = f"weight {list(weight.shape)}, bias {None if bias is None else list(bias.shape)}"
         raise ValueError(f"{found} on x {list(x.shape)}: [F, C] and [F] were expected")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
-        if t.requires_grad:
+        if isinstance(t, Tensor) and t.requires_grad:
             raise ValueError(f"{name} asks for a gradient: it is frozen here and gets none")
         if t.dtype != x.dtype or t.device != x.device:
             raise ValueError(f"{name} {t.dtype} on {t.device}: x's {x.dtype} on {x.device} was expected")

@@ -17,18 +17,33 @@ a cut falls, so that ŵ is the same whoever holds it. Two codes share a byte, th
 Shapes: N numbers in the tensor, n = lines × width in a shard, B numbers a block, M blocks that a line of the shard can touch.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on every platform that torch runs on; the references do without
+    triton = None
 
 QuantType = Literal["nf4", "fp4"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # absmax values that share one of their own
 PLACES = 1 << 16  # to which bitsandbytes rounds a number before it looks up the nearest dynamic one
 SMALLEST = 1e-38  # a block of zeros is divided by it
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that can be quantised
+PIECE = 1 << 19  # numbers that a core takes at a time: what it makes of them stays in its cache
+STEPS = 32767  # on the CPU codes are looked up by x / a in 16 bits; 0 … ± 1 in so many
+USUAL = 2.0**-100, 2.0**100  # absmax for which x · (STEPS / a) is off by less than a hundredth
 
 # fmt: off
 CODES: dict[QuantType, tuple[float, ...]] = {
@@ -99,8 +114,8 @@ class Shard:
     quant_type: QuantType
 
     def to(self, device: torch.device) -> "Shard":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        nested, offset = (None if x is None else x.to(device) for x in (self.nested, self.offset))
+        return replace(self, data=self.data.to(device), absmax=self.absmax.to(device), nested=nested, offset=offset)
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,8 @@ class Absmax:
 
     def of(self, lines: Lines, blocksize: int) -> Tensor:
         """`[lines, M]`: those of a shard, as it keeps them; zeros past the end of a line and of the tensor."""
-        block = lines.blocks(blocksize)[:, None] + torch.arange(lines.touched(blocksize))
+        device = self.values.device
+        block = lines.blocks(blocksize).to(device)[:, None] + torch.arange(lines.touched(blocksize), device=device)
         inside = block < len(self.values)
         return torch.where(inside, self.values[block.clamp(max=len(self.values) - 1)], 0).to(self.values.dtype)
 
@@ -128,12 +144,13 @@ def dynamic_map() -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        ends = torch.linspace(0.1, 1, 2**i + 1)
+        ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         middles = (ends[:-1] + ends[1:]) / 2 * 10 ** (i - 6)
         values += [*middles.tolist(), *(-middles).tolist()]
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
+@cache
 def bounds(quant_type: QuantType) -> tuple[Tensor, Tensor]:
     """`[15]` fp32 midpoints between the codes in their order, and `[16]` which code each place in that order is."""
     code = torch.tensor(CODES[quant_type], dtype=torch.float32)
@@ -153,23 +170,21 @@ def block_absmax_ref(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
 
 def quantize_ref(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
     """`[⌈n/2⌉]` uint8: the codes of a shard's numbers x, given the tensor's absmax `[⌈N/B⌉]`."""
-    limits, order = (t.to(x.device) for t in bounds(quant_type))
     block = lines.places(x.device).flatten() // blocksize
     flat = x.flatten().float()
     least = absmax.clamp(min=SMALLEST)
     scaled = flat * (1.0 / least)[block]
     if lines.total % blocksize:
         scaled = torch.where(block == lines.total // blocksize, flat / least[-1], scaled)
-    scaled = torch.nn.functional.pad(scaled.clamp(-1, 1), (0, len(scaled) % 2))  # bitsandbytes fills up the last byte with a zero's code
+    return _packed(scaled, quant_type)
+
+
+def _packed(scaled: Tensor, quant_type: QuantType) -> Tensor:
+    """`[⌈n/2⌉]` uint8: the codes that are nearest to x / a, of NaN the last; two a byte, the last byte filled up with a zero's."""
+    limits, order = (t.to(scaled.device) for t in bounds(quant_type))
+    scaled = torch.nn.functional.pad(scaled.clamp(-1, 1), (0, len(scaled) % 2))
     codes = order[torch.bucketize(scaled, limits)].to(torch.uint8)
     return codes[::2] << 4 | codes[1::2]
-
-
-def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
-    """The tensor's absmax as bitsandbytes keeps it, of the maximum over all shards: of a last block that is not full at least SMALLEST."""
-    if lines.total % blocksize:
-        absmax[-1:].clamp_(min=SMALLEST)
-    return absmax
 
 
 @cache
@@ -178,22 +193,6 @@ def _nearest_dynamic() -> Tensor:
     code = dynamic_map()
     places = -1 + 2 * torch.arange(PLACES, dtype=torch.float32) / (PLACES - 1)
     return torch.bucketize(places, (code[1:] + code[:-1]) * 0.5).to(torch.uint8)
-
-
-def compress(absmax: Tensor) -> Absmax:
-    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits. On the CPU, in one thread: there the order of the mean's sum is always the same."""
-    values = absmax.cpu()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        offset = values.mean()
-    finally:
-        torch.set_num_threads(threads)
-    centred = torch.nn.functional.pad(values - offset, (0, -len(values) % NESTED)).view(-1, NESTED)
-    nested = centred.abs().amax(1)
-    normed = (centred * (1.0 / nested)[:, None]).clamp(-1, 1)
-    place = ((normed + 1) * 0.5 * (PLACES - 1) + 0.5).nan_to_num(0).long()  # of a nested block of zeros: code 0
-    return Absmax(_nearest_dynamic()[place].flatten()[: len(values)], nested, offset)
 
 
 def absmax_ref(shard: Shard) -> Tensor:
@@ -217,19 +216,616 @@ def dequantize_ref(shard: Shard, out: Tensor) -> Tensor:
     return out.copy_(values.view(out.shape))
 
 
+# ---- kernels
+
+if triton is not None:
+
+    @triton.jit
+    def _block_of(number, width, start, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Of a number of the shard, in its flat order: its line and column, its block, and the block in which the line begins."""
+        line = number // width
+        column = number - line * width
+        begin = start + line * stride
+        return line, column, (begin + column) // SIZE, begin // SIZE
+
+    @triton.jit
+    def _scale(number, inside, absmax, nested, dynamic, offset, width, start, stride, M, SIZE: tl.constexpr, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """â of the blocks that numbers are in."""
+        line, _, block, first = _block_of(number, width, start, stride, SIZE)
+        a = tl.load(absmax + line.to(tl.int64) * M + (block - first), mask=inside, other=0)
+        if DOUBLE:
+            a = tl.load(dynamic + a.to(tl.int32)) * tl.load(nested + block // 256, mask=inside, other=0.0) + offset
+        return a
+
+    @triton.jit
+    def _dequantize_kernel(  # type: ignore[no-untyped-def]
+        data, absmax, nested, dynamic, offset, code, out, n, width, start, stride, M,
+        SIZE: tl.constexpr, DOUBLE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    ):  # fmt: skip
+        """A program: UNITS times UNIT bytes of codes. n, width, start, stride and SIZE count units where one has 16 bytes, else numbers.
+
+        A unit of 16 bytes, a thread's load, lies in one block of one line.
+        """
+        unit = tl.program_id(0).to(tl.int32 if UNIT == 16 else tl.int64) * UNITS + tl.arange(0, UNITS)  # 2^31 units are enough, bytes not
+        m = tl.load(offset) if DOUBLE else 0.0
+        if UNIT == 16:
+            inside = unit < n
+            a = _scale(unit, inside, absmax, nested, dynamic, m, width, start, stride, M, SIZE, DOUBLE)[:, None]
+            b, there = a, inside[:, None]
+        else:
+            number = 2 * unit
+            a = _scale(number, number < n, absmax, nested, dynamic, m, width, start, stride, M, SIZE, DOUBLE)[:, None]
+            b = _scale(number + 1, number + 1 < n, absmax, nested, dynamic, m, width, start, stride, M, SIZE, DOUBLE)[:, None]
+            there = (number < n)[:, None]
+        at = unit.to(tl.int64)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]  # [UNITS, UNIT]
+        byte = tl.load(data + at, mask=there, other=0).to(tl.int32)
+        # 16 numbers are half a line of the L1 cache, and no two of a warp's loads wait for each other there.
+        values = tl.interleave(tl.load(code + (byte >> 4)) * a, tl.load(code + (byte & 15)) * b)  # [UNITS, 2 UNIT]
+        place = unit.to(tl.int64)[:, None] * (2 * UNIT) + tl.arange(0, 2 * UNIT)[None, :]
+        inside = there if UNIT == 16 else place < n
+        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _code_of(x, a, divided, limits, order, PARTIAL: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The code of numbers x in blocks with absmax a; NaN is not below any limit."""
+        a = tl.maximum(a, 1e-38, propagate_nan=tl.PropagateNan.ALL)
+        scaled = x * tl.div_rn(tl.full(a.shape, 1.0, tl.float32), a)
+        if PARTIAL:
+            scaled = tl.where(divided, tl.div_rn(x, a), scaled)
+        code = tl.full(scaled.shape, 0, tl.int32) + tl.load(order)
+        for i in tl.static_range(15):
+            code = tl.where(scaled <= tl.load(limits + i), code, tl.load(order + i + 1))
+        return code
+
+    @triton.jit
+    def _quantize_kernel(  # type: ignore[no-untyped-def]
+        x, absmax, limits, order, out, n, width, start, stride, row, whole,
+        SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, PARTIAL: tl.constexpr,
+    ):  # fmt: skip
+        """A program: UNITS times UNIT bytes of codes; counts as in _dequantize_kernel. x has its lines `row` numbers apart.
+
+        Where PARTIAL, the block that comes after `whole` ones is not full, and its numbers are divided.
+        """
+        unit = tl.program_id(0).to(tl.int32 if UNIT == 16 else tl.int64) * UNITS + tl.arange(0, UNITS)  # 2^31 units are enough, bytes not
+        if UNIT == 16:
+            inside = unit < n
+            line, column, block, _ = _block_of(unit, width, start, stride, SIZE)
+            a = tl.load(absmax + block, mask=inside, other=1.0)[:, None]
+            here = line.to(tl.int64)[:, None] * row + column.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+            values = tl.load(x + here, mask=inside[:, None], other=0.0).to(tl.float32)  # [UNITS, 32]
+            code = _code_of(values, a, (block == whole)[:, None], limits, order, PARTIAL)
+        else:
+            number = (2 * unit)[:, None] + tl.arange(0, 2)[None, :]  # [UNITS, 2]
+            inside = number < n
+            line, column, block, _ = _block_of(number, width, start, stride, SIZE)
+            a = tl.load(absmax + block, mask=inside, other=1.0)
+            values = tl.load(x + line * row + column, mask=inside, other=0.0).to(tl.float32)
+            code = _code_of(values, a, block == whole, limits, order, PARTIAL)
+            inside = 2 * unit < n
+        high, low = tl.split(code.reshape(UNITS, UNIT, 2))
+        at = unit.to(tl.int64)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+        tl.store(out + at, (high << 4 | low).to(tl.uint8), mask=inside[:, None])
+
+    @triton.jit
+    def _absmax_kernel(  # type: ignore[no-untyped-def]
+        x, found, width, start, stride, row, tiles,
+        SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """A program: BLOCKS blocks of one line, of those that it touches. Numbers without their sign have the order of their bits."""
+        line = (tl.program_id(0) // tiles).to(tl.int64)
+        begin = start + line * stride
+        block = begin // SIZE + (tl.program_id(0) % tiles) * BLOCKS + tl.arange(0, BLOCKS)
+        column = (block * SIZE - begin)[:, None] + tl.arange(0, SIZE)[None, :]  # [BLOCKS, SIZE]
+        inside = (column >= 0) & (column < width)
+        bits = tl.load(x + line * row + column, mask=inside, other=0.0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        tl.atomic_max(found + block, tl.max(bits, 1), mask=block * SIZE < begin + width, sem="relaxed")  # the next line may have some of it
+
+    # Under TRITON_INTERPRET=1, read when the kernels are decorated, they run on CPU tensors too.
+    INTERPRETED = not isinstance(_absmax_kernel, triton.JITFunction)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether a kernel takes x, and not the CPU's path."""
+    return triton is not None and (x.is_cuda or INTERPRETED)
+
+
+@cache
+def _tables(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fp32 codes, midpoints, int32 codes in the order of their numbers, dynamic_map."""
+    limits, order = bounds(quant_type)
+    return (
+        torch.tensor(CODES[quant_type], dtype=torch.float32, device=device),
+        limits.to(device),
+        order.int().to(device),
+        dynamic_map().to(device),
+    )
+
+
+def _units(lines: Lines, *aligned: Tensor) -> tuple[int, int, int, int, int, int]:
+    """How a kernel counts: bytes in a unit, the numbers that count as one, and in these n, width, start and stride."""
+    counts = lines.numel, lines.width, lines.start, 0 if lines.count == 1 else lines.stride
+    if all(count % 32 == 0 for count in counts) and all(t.data_ptr() % 16 == 0 for t in aligned):
+        n, width, start, stride = (count // 32 for count in counts)
+        return 16, 32, n, width, start, stride
+    return 1, 1, *counts
+
+
+def _grid(unit: int, n: int) -> tuple[tuple[int], int]:
+    """Programs, and units that each has: 16 bytes for each of 128 threads, or eight bytes."""
+    units = 8 if INTERPRETED else 128 if unit == 16 else 1024
+    return (triton.cdiv(n if unit == 16 else triton.cdiv(n, 2), units),), units
+
+
+def _fused_dequantize(shard: Shard, out: Tensor) -> Tensor:
+    unit, numbers, n, width, start, stride = _units(shard.lines, shard.data, out)
+    code, _, _, dynamic = _tables(shard.quant_type, out.device)
+    grid, units = _grid(unit, n)
+    absmax = shard.absmax.contiguous()
+    with torch.cuda.device_of(out):
+        _dequantize_kernel[grid](
+            shard.data, absmax, shard.nested, dynamic, shard.offset, code, out.detach(), n, width, start, stride, absmax.shape[1],
+            SIZE=shard.blocksize // numbers, DOUBLE=shard.nested is not None, UNIT=unit, UNITS=units, num_warps=4,
+            enable_fp_fusion=False,  # product and sum are rounded each, as the reference rounds them
+        )  # fmt: skip
+    return out
+
+
+def _fused_quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
+    rows = _rows(x, lines)
+    row = rows.stride(0)
+    unit, numbers, n, width, start, stride = _units(lines, rows)
+    if row * x.itemsize % 16:
+        unit, numbers, n, width, start, stride = 1, 1, lines.numel, lines.width, lines.start, lines.stride
+    _, limits, order, _ = _tables(quant_type, x.device)
+    grid, units = _grid(unit, n)
+    out = x.new_empty(-(-lines.numel // 2), dtype=torch.uint8)
+    with torch.cuda.device_of(x):
+        _quantize_kernel[grid](
+            rows, absmax, limits, order, out, n, width, start, stride, row, lines.total // blocksize,
+            SIZE=blocksize // numbers, UNIT=unit, UNITS=units, PARTIAL=lines.total % blocksize != 0, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def _fused_block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
+    rows = _rows(x, lines)
+    found = torch.zeros(-(-lines.total // blocksize), dtype=torch.int32, device=x.device)
+    blocks = max(1, 4096 // blocksize)
+    tiles = triton.cdiv(lines.touched(blocksize), blocks)
+    with torch.cuda.device_of(x):
+        _absmax_kernel[(lines.count * tiles,)](
+            rows, found, lines.width, lines.start, lines.stride, rows.stride(0), tiles, SIZE=blocksize, BLOCKS=blocks, num_warps=4
+        )
+    return found.view(torch.float32)
+
+
+def _rows(x: Tensor, lines: Lines) -> Tensor:
+    """`[lines, width]`, a line's numbers side by side."""
+    rows = x.detach().reshape(lines.count, lines.width)
+    return rows if rows.stride(1) == 1 or lines.width == 1 else rows.contiguous()
+
+
+# ---- on the CPU: the references' results, by pieces that stay in a core's cache
+
+
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    """For torch's operations of this thread, and of those that it starts meanwhile; how many there were.
+
+    Pieces are shared out to threads. For a small operation torch's own would wait for each other longer than they work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Piece(NamedTuple):
+    """Lines first … last - 1 of a shard, and of each the numbers left … right - 1."""
+
+    first: int
+    last: int
+    left: int
+    right: int
+
+
+def _pieces(count: int, width: int, skew: int = 0) -> list[_Piece]:
+    """`[count, width]` in rectangles of about PIECE that begin at even places of the flat order.
+
+    Where lines are cut it is `skew` before a multiple of PIECE.
+    """
+    if width > PIECE and (count == 1 or width % 2 == 0):
+        cuts = [0, *range(PIECE - skew, width, PIECE), width]
+        return [_Piece(line, line + 1, left, right) for line in range(count) for left, right in pairwise(cuts)]
+    step = max(1, PIECE // max(1, width))
+    step += step % 2 * (width % 2)
+    return [_Piece(line, min(line + step, count), 0, width) for line in range(0, count, step)]
+
+
+def _work_on(pieces: Sequence[_Piece], work: Callable[[Iterator[_Piece]], None], threads: int) -> None:
+    """Threads take pieces as they come."""
+
+    def take(queue: Iterator[_Piece]) -> None:
+        with torch.inference_mode():  # the caller's modes are not a thread's; this one may write to all tensors
+            work(queue)
+
+    queue, threads = iter(pieces), min(threads, len(pieces))
+    if threads <= 1:
+        take(queue)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(take, [queue] * threads))
+
+
+def _size(pieces: Sequence[_Piece]) -> int:
+    """Numbers in the largest piece, up to whole words of 8 bytes of codes."""
+    largest = max((p.last - p.first) * (p.right - p.left) for p in pieces)
+    return -(-largest // 16) * 16
+
+
+def _regular(lines: Lines, blocksize: int) -> bool:
+    """Whether all lines begin at the same place in a block, and are one after the other."""
+    return lines.count == 1 or (lines.stride % blocksize == 0 and lines.width <= lines.stride)
+
+
+def _by_blocks(numbers: Tensor, phase: int, blocksize: int) -> list[tuple[Tensor, slice]]:
+    """Numbers `[lines, width]`, which begin at `phase` of a block, as views `[lines, blocks, numbers of one]`, and which blocks these are.
+
+    What lies in a first block that is cut, in whole blocks, in a last one that is cut.
+    """
+    lines, width = numbers.shape
+    head = min(-phase % blocksize, width)
+    first, whole = int(head > 0), (width - head) // blocksize
+    rest = head + whole * blocksize
+    views = []
+    if head:
+        views.append((numbers[:, None, :head], slice(0, 1)))
+    if whole:
+        views.append((numbers[:, head:rest].view(lines, whole, blocksize), slice(first, first + whole)))
+    if rest < width:
+        views.append((numbers[:, None, rest:], slice(first + whole, first + whole + 1)))
+    return views
+
+
+def _block_absmax(x: Tensor, lines: Lines, blocksize: int, threads: int) -> Tensor:
+    """block_absmax_ref. Numbers without their sign have the order of their bits, NaN the last."""
+    found = torch.zeros(-(-lines.total // blocksize), dtype=torch.float32)
+    rows = x.detach().reshape(lines.count, lines.width)
+    if not _regular(lines, blocksize):
+        for top, bottom, left, right in _pieces(lines.count, lines.width):
+            block = (lines.start + torch.arange(top, bottom)[:, None] * lines.stride + torch.arange(left, right)) // blocksize
+            found.scatter_reduce_(0, block.flatten(), rows[top:bottom, left:right].flatten().float().abs(), "amax")
+        return found
+    bits, mask = (torch.int32, 0x7FFF_FFFF) if x.itemsize == 4 else (torch.int16, 0x7FFF)
+    rows = rows.view(bits)
+    first, phase = divmod(lines.start, blocksize)
+    pieces = _pieces(lines.count, lines.width, phase)  # no block is in two pieces of a line
+    most = torch.empty(lines.count, -(-(phase + lines.width) // blocksize), dtype=bits)
+
+    def work(queue: Iterator[_Piece]) -> None:
+        memory = torch.empty(_size(pieces), dtype=bits)
+
+        @cache
+        def views(lines: int, width: int, phase: int) -> tuple[Tensor, list[tuple[Tensor, slice]]]:
+            numbers = memory[: lines * width].view(lines, width)
+            return numbers, _by_blocks(numbers, phase, blocksize)
+
+        for top, bottom, left, right in queue:
+            start, end = phase + left, phase + right
+            numbers, parts = views(bottom - top, right - left, start % blocksize)
+            torch.bitwise_and(rows[top:bottom, left:right], mask, out=numbers)
+            values = most[top:bottom, start // blocksize : -(-end // blocksize)]
+            for some, blocks in parts:
+                torch.amax(some, -1, out=values[:, blocks])
+
+    _work_on(pieces, work, threads)
+    values, stride = most.view(x.dtype).float(), lines.stride // blocksize
+    for turn in range(min(2, lines.count)):  # a line and the next may share a block, a line and the one after that do not
+        some = values[turn::2]
+        here = found.as_strided(tuple(some.shape), (2 * stride, 1), first + turn * stride)
+        torch.maximum(here, some, out=here)
+    return found
+
+
+LOW_HALF, SIXTEEN = np.uint32(0xFFFF), np.uint32(16)
+
+
+@cache
+def _place_codes(quant_type: QuantType) -> Tensor:
+    """`[2, 65536]` uint8: of each x / a · STEPS, cut to an integer of 16 bits, the code as a byte's high half, and as its low one.
+
+    Where a midpoint is too near there is a mark in the other half.
+    """
+    limits, order = bounds(quant_type)
+    place = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).double()
+    near = 1 / 64  # more than the product's error
+    low = (place - (place <= 0) * 1.0 - near) / STEPS
+    high = (place + (place >= 0) * 1.0 + near) / STEPS
+    below, above = (torch.bucketize(end, limits.double()) for end in (low, high))
+    sure, code = below == above, order[below]
+    return torch.stack((torch.where(sure, code << 4, 1), torch.where(sure, code, 1 << 4))).to(torch.uint8)
+
+
+def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType, threads: int) -> Tensor:
+    """quantize_ref. Codes are looked up by x / a in 16 bits; the few that a midpoint is near are made as the reference makes them."""
+    rows, absmax = x.detach().reshape(lines.count, lines.width), absmax.detach()
+    out = torch.empty(-(-lines.numel // 2), dtype=torch.uint8)
+    first, phase = divmod(lines.start, blocksize)
+    pieces = _pieces(lines.count, lines.width, phase - phase % 2)
+    table_high, table_low = _place_codes(quant_type)
+    codes = out.numpy()
+
+    def exact(place: Tensor) -> None:
+        """Make these bytes of `out`, whatever they are of."""
+        number = torch.stack((place * 2, place * 2 + 1), 1).flatten()
+        inside = number < lines.numel
+        line = number.clamp_(max=lines.numel - 1) // lines.width
+        column = number - line * lines.width
+        block = (lines.start + line * lines.stride + column) // blocksize
+        value, most = rows[line, column].float(), absmax[block].clamp_(min=SMALLEST)
+        scaled = value * (1.0 / most)
+        if lines.total % blocksize:
+            scaled = torch.where(block == lines.total // blocksize, value / most, scaled)
+        out[place] = _packed(torch.where(inside, scaled, 0), quant_type)
+
+    def mend(unsure: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """Of words of 8 bytes, by their number from some byte on: those bytes that are marked in them."""
+        first, marks = np.concatenate([at + 8 * word for at, word, _ in unsure]), np.concatenate([marks for _, _, marks in unsure])
+        word, byte = np.nonzero(marks.view(np.uint8).reshape(-1, 8))
+        exact(torch.from_numpy(first[word] + byte))
+
+    def work(queue: Iterator[_Piece]) -> None:
+        size = _size(pieces)
+        numbers, places = torch.empty(size, dtype=torch.float32), torch.zeros(size, dtype=torch.int16)
+        index, lows = torch.empty(size // 2, dtype=torch.int32), torch.empty(size // 2, dtype=torch.uint8)
+        doubts, spare = np.zeros((2, size // 2), np.uint8)
+
+        @cache
+        def views(lines: int, width: int, phase: int) -> tuple[Any, ...]:
+            n, m = lines * width, -(-lines * width // 2)
+            some = numbers[:n].view(lines, width)
+            pairs, halves = places[: 2 * m].numpy().view(np.uint32), index[:m].numpy().view(np.uint32)
+            return some, _by_blocks(some, phase, blocksize), places[:n].view(lines, width), pairs, halves, index[:m], lows[:m]
+
+        unsure: list[tuple[int, np.ndarray, np.ndarray]] = []
+        waiting = 0
+        for top, bottom, left, right in queue:
+            start, end = phase + left, phase + right
+            at, m = (top * lines.width + left) // 2, -(-(bottom - top) * (right - left) // 2)
+            some, parts, place, pairs, halves, half, low = views(bottom - top, right - left, start % blocksize)
+            values = slice(top, bottom), slice(start // blocksize, -(-end // blocksize))
+            if scale is None or not (usual or _usual(most[values])):
+                exact(torch.arange(at, at + m))
+                continue
+            some.copy_(rows[top:bottom, left:right])
+            for many, blocks in parts:
+                many.mul_(scale[values][:, blocks, None])
+            place.copy_(some)
+            if some.numel() % 2:
+                places[some.numel()] = 0
+            # Two places are one word, the first its low half.
+            np.bitwise_and(pairs, LOW_HALF, out=halves)
+            torch.index_select(table_high, 0, half, out=out[at : at + m])
+            np.right_shift(pairs, SIXTEEN, out=halves)
+            torch.index_select(table_low, 0, half, out=low)
+            high, low = codes[at : at + m], low.numpy()
+            np.bitwise_or(np.bitwise_and(high, 0x0F, out=doubts[:m]), np.bitwise_and(low, 0xF0, out=spare[:m]), out=doubts[:m])
+            np.bitwise_or(high, low, out=high)
+            doubts[m : m + 7] = 0
+            marks = doubts[: m + -m % 8].view(np.uint64)
+            (found,) = np.nonzero(marks != 0)  # a comparison and a search among bools are faster than one among words
+            if len(found):
+                unsure.append((at, found, marks[found]))
+                waiting += len(found)
+                if waiting > PIECE // 16:  # few are in a piece: they wait for others, but no more than this
+                    mend(unsure)
+                    unsure, waiting = [], 0
+        if unsure:
+            mend(unsure)
+
+    most, scale, usual = absmax, None, False
+    if _regular(lines, blocksize):
+        most = absmax.as_strided((lines.count, -(-(phase + lines.width) // blocksize)), (lines.stride // blocksize, 1), first)
+        scale, usual = STEPS / most.clamp(min=USUAL[0]), _usual(most)
+    _work_on(pieces, work, threads)
+    if lines.total % blocksize:  # of the last block numbers are divided by absmax
+        inside = lines.start + (lines.count - 1) * lines.stride + lines.width - lines.total // blocksize * blocksize
+        if inside > 0:
+            exact(torch.arange((lines.numel - min(inside, lines.width)) // 2, len(out)))
+    return out
+
+
+def _usual(most: Tensor) -> bool:
+    """Whether STEPS / a is as exact as it must be for blocks with these absmax, or they are zeros."""
+    low = most < USUAL[0]
+    return bool(most.amax() <= USUAL[1]) and not bool(low.any() and most[low].any())
+
+
+@cache
+def _pairs(quant_type: QuantType) -> Tensor:
+    """`[256]` int64: the two fp32 numbers of a byte's codes, as one."""
+    code = torch.tensor(CODES[quant_type], dtype=torch.float32)
+    byte = torch.arange(256)
+    return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).flatten()
+
+
+def _absmax(shard: Shard, threads: int) -> Tensor:
+    """absmax_ref."""
+    if shard.nested is None or shard.offset is None:
+        return shard.absmax
+    codes, nested, offset = shard.absmax, shard.nested, shard.offset
+    first, dynamic = shard.lines.blocks(shard.blocksize)[:, None], dynamic_map()
+    out = torch.empty(codes.shape, dtype=torch.float32)
+
+    def work(queue: Iterator[_Piece]) -> None:
+        for top, bottom, left, right in queue:
+            group = (first[top:bottom] + torch.arange(left, right)).div_(NESTED, rounding_mode="floor").clamp_(max=len(nested) - 1)
+            values = torch.index_select(dynamic, 0, codes[top:bottom, left:right].flatten().int())
+            values.mul_(torch.index_select(nested, 0, group.flatten())).add_(offset)
+            out[top:bottom, left:right] = values.view(group.shape)
+
+    _work_on(_pieces(*codes.shape), work, threads)
+    return out
+
+
+def _dequantize(shard: Shard, out: Tensor, threads: int) -> Tensor:
+    """dequantize_ref. Both numbers of a byte are looked up at once."""
+    lines, blocksize = shard.lines, shard.blocksize
+    rows = out.detach().view(lines.count, lines.width)
+    phase = lines.start % blocksize
+    pieces = _pieces(lines.count, lines.width, phase - phase % 2)
+    if not _regular(lines, blocksize):
+
+        def plain(queue: Iterator[_Piece]) -> None:
+            for top, bottom, left, _ in queue:
+                if left:
+                    continue  # a line that is cut is done with its first piece
+                part = replace(lines, count=bottom - top, start=lines.start + top * lines.stride)
+                data = shard.data[top * lines.width // 2 : -(-bottom * lines.width // 2)]
+                dequantize_ref(replace(shard, data=data, absmax=shard.absmax[top:bottom], lines=part), rows[top:bottom])
+
+        _work_on(pieces, plain, threads)
+        return out
+    absmax, table = _absmax(shard, threads), _pairs(shard.quant_type)
+
+    def work(queue: Iterator[_Piece]) -> None:
+        size = _size(pieces)
+        numbers, index = torch.empty(size, dtype=torch.float32), torch.empty(size // 2, dtype=torch.int32)
+
+        @cache
+        def views(lines: int, width: int, phase: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, slice]]]:
+            m, some = -(-lines * width // 2), numbers[: lines * width].view(lines, width)
+            return index[:m], numbers.view(torch.int64)[:m], some, _by_blocks(some, phase, blocksize)
+
+        for top, bottom, left, right in queue:
+            start, end = phase + left, phase + right
+            at = (top * lines.width + left) // 2
+            byte, pairs, some, parts = views(bottom - top, right - left, start % blocksize)
+            byte.copy_(shard.data[at : at + len(byte)])
+            torch.index_select(table, 0, byte, out=pairs)
+            values = absmax[top:bottom, start // blocksize : -(-end // blocksize)]
+            for many, blocks in parts:
+                many.mul_(values[:, blocks, None])
+            rows[top:bottom, left:right].copy_(some)
+
+    _work_on(pieces, work, threads)
+    return out
+
+
 # ---- public functions
 
 
 def block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
-    """block_absmax_ref."""
-    return block_absmax_ref(x, lines, blocksize)
+    """`[⌈N/B⌉]` fp32: of each block of the whole tensor the largest |number| that this shard has of it; 0 where it has none.
+
+    The maximum over all shards is the tensor's.
+
+    Args:
+        x: the shard's numbers, in bf16, fp16 or fp32, of any shape.
+
+    Raises:
+        ValueError: as quantize and dequantize too, a block size, shape, dtype or device that does not fit.
+    """
+    _check(lines, blocksize)
+    _check_numbers(x, lines)
+    if not x.numel():
+        return torch.zeros(-(-lines.total // blocksize), dtype=torch.float32, device=x.device)
+    if fused(x):
+        return _fused_block_absmax(x, lines, blocksize)
+    with _one_thread() as threads:
+        return _block_absmax(x, lines, blocksize, threads)
+
+
+def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
+    """The tensor's absmax as bitsandbytes keeps it, of the maximum over all shards: of a last block that is not full at least SMALLEST."""
+    if lines.total % blocksize:
+        absmax[-1:].clamp_(min=SMALLEST)
+    return absmax
+
+
+def compress(absmax: Tensor) -> Absmax:
+    """Absmax `[⌈N/B⌉]` fp32 of a whole tensor in 8 bits, made on the CPU.
+
+    There a single thread's sum is the same each time, and bitsandbytes' with one thread.
+    """
+    values = absmax.cpu()
+    codes = torch.empty(len(values), dtype=torch.uint8)
+    nested, table = torch.empty(-(-len(values) // NESTED), dtype=torch.float32), _nearest_dynamic()
+    with _one_thread() as threads:
+        offset = values.mean()
+
+        def work(queue: Iterator[_Piece]) -> None:
+            for _, _, left, right in queue:
+                centred = torch.nn.functional.pad(values[left:right] - offset, (0, (left - right) % NESTED)).view(-1, NESTED)
+                largest = centred.abs().amax(1)
+                place = centred.mul_((1.0 / largest)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5).mul_(PLACES - 1).add_(0.5)
+                place = place.nan_to_num_(0).int().flatten()[: right - left]  # of a nested block of zeros: code 0
+                torch.index_select(table, 0, place, out=codes[left:right])
+                nested[left // NESTED : -(-right // NESTED)] = largest
+
+        if len(values):
+            _work_on(_pieces(1, len(values)), work, threads)
+    return Absmax(codes, nested, offset)
 
 
 def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
-    """quantize_ref."""
-    return quantize_ref(x, absmax, lines, blocksize, quant_type)
+    """`[⌈n/2⌉]` uint8: the codes of a shard's numbers.
+
+    Args:
+        x: the shard's numbers, in bf16, fp16 or fp32, of any shape.
+        absmax: `[⌈N/B⌉]` fp32, the whole tensor's: of block_absmax the maximum over all shards. No number may be larger than its block's.
+    """
+    _check(lines, blocksize, quant_type)
+    _check_numbers(x, lines)
+    blocks = -(-lines.total // blocksize)
+    if absmax.dtype != torch.float32 or list(absmax.shape) != [blocks] or absmax.device != x.device:
+        raise ValueError(f"absmax {_said(absmax)}: float32 [{blocks}] on {x.device} was expected")
+    if not x.numel():
+        return torch.empty(0, dtype=torch.uint8, device=x.device)
+    if fused(x):
+        return _fused_quantize(x, absmax.contiguous(), lines, blocksize, quant_type)
+    with _one_thread() as threads:
+        return _quantize(x, absmax.contiguous(), lines, blocksize, quant_type, threads)
 
 
 def dequantize(shard: Shard, out: Tensor) -> Tensor:
-    """dequantize_ref."""
-    return dequantize_ref(shard, out)
+    """ŵ into `out`, which is returned: contiguous, of as many numbers, on the shard's device, of any floating dtype.
+
+    Each number is rounded once, from fp32.
+    """
+    lines, data = shard.lines, shard.data
+    _check(lines, shard.blocksize, shard.quant_type)
+    if data.dtype != torch.uint8 or list(data.shape) != [-(-lines.numel // 2)] or not data.is_contiguous():
+        raise ValueError(f"data {_said(data)}: uint8 [{-(-lines.numel // 2)}], contiguous, was expected")
+    double = shard.nested is not None and shard.offset is not None
+    if shard.absmax.dtype != (torch.uint8 if double else torch.float32) or shard.absmax.dim() != 2 or len(shard.absmax) != lines.count:
+        raise ValueError(f"absmax {_said(shard.absmax)}: [{lines.count}, M] of {'uint8' if double else 'float32'} was expected")
+    if out.numel() != lines.numel or not out.is_contiguous() or not out.is_floating_point() or out.device != data.device:
+        raise ValueError(f"out {_said(out)}: {lines.numel} numbers, contiguous, floating, on {data.device} were expected")
+    if not out.numel():
+        return out
+    if fused(out):
+        return _fused_dequantize(shard, out)
+    with _one_thread() as threads:
+        return _dequantize(shard, out, threads)
+
+
+def _said(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}".removeprefix("torch.")
+
+
+def _check(lines: Lines, blocksize: int, quant_type: str = "nf4") -> None:
+    if blocksize not in BLOCK_SIZES:
+        raise ValueError(f"blocks of {blocksize}: one of {', '.join(map(str, BLOCK_SIZES))} was expected")
+    if quant_type not in CODES:
+        raise ValueError(f"quant_type {quant_type!r}: nf4 or fp4 was expected")
+    last = lines.start + max(0, lines.count - 1) * lines.stride + lines.width
+    if min(lines.count, lines.width, lines.start, lines.stride) < 0 or (lines.numel and last > lines.total):
+        raise ValueError(f"{lines} are not all in the tensor")
+
+
+def _check_numbers(x: Tensor, lines: Lines) -> None:
+    if x.dtype not in DTYPES or x.numel() != lines.numel:
+        raise ValueError(f"x {_said(x)}: {lines.numel} numbers in bfloat16, float16 or float32 were expected")

@@ -74,8 +74,8 @@ class PackedAttention(nn.Module):
 class SelfAttentionSubmodules:
     """Who multiplies and who normalises inside SelfAttention."""
 
-    linear_qkv: type
-    linear_proj: type
+    linear_qkv: type | ModuleSpec
+    linear_proj: type | ModuleSpec
     norm: type  # of each head's q and k, in the families that have it
 
 
@@ -136,7 +136,9 @@ class SelfAttention(MegatronModule):
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))  # [T/cp, 1, H·D/tp] → [T', 1, C]
 
 
-def self_attention_spec(column: type, row: type, norm: type, shape: Shape, grid: Grid, attend: Attend) -> ModuleSpec:
+def self_attention_spec(
+    column: type | ModuleSpec, row: type | ModuleSpec, norm: type, shape: Shape, grid: Grid, attend: Attend
+) -> ModuleSpec:
     """What megatron-core's TransformerLayer builds in its self_attention slot."""
     return ModuleSpec(
         module=SelfAttention,

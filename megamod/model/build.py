@@ -23,7 +23,8 @@ from megamod.config import ModelConfig
 from megamod.model import backends
 from megamod.model.attention import PackedRow, self_attention_spec
 from megamod.model.head import Head, ScoreHead, Scores
-from megamod.model.lora import Saved
+from megamod.model.lora import LINEARS, Saved
+from megamod.model.nf4 import Linears
 from megamod.model.norm import RMSNorm
 from megamod.model.shape import Shape
 from megamod.parallel.collectives import sum_marked
@@ -150,27 +151,34 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
     config = transformer_config(cfg, shape, grid, deterministic)
     attention_name, attend = backends.attention(cfg.attention, grid.device, DTYPES[cfg.dtype], deterministic)
     column, row = backends.linears(cfg.linear, grid.device)
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=self_attention_spec(column, row, RMSNorm, shape, grid, attend),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
+    linears = Linears(shape, grid, DTYPES[cfg.dtype])
+
+    def layer(number: int) -> ModuleSpec:
+        qkv, proj, fc1, fc2 = (linears.linear(number, place, kind) for place, kind in zip(LINEARS, (column, row, column, row), strict=True))
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=RMSNorm,
+                self_attention=self_attention_spec(qkv, proj, RMSNorm, shape, grid, attend),
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=RMSNorm,
+                mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+
     chunks = []
     for stage in range(grid.vpp):
         number = stage * grid.pp.size + grid.pp.rank  # in pipeline order
+        first = sum(grid.layers_per_stage[:number])
+        layers = [layer(first + i) for i in range(grid.layers_per_stage[number])]
         with torch.device(grid.device if grid.device.type == "meta" else "cpu"):
             chunks.append(
                 Decoder(
                     shape,
                     grid,
                     config=config,
-                    transformer_layer_spec=TransformerBlockSubmodules([layer] * grid.layers_per_stage[number], RMSNorm),
+                    transformer_layer_spec=TransformerBlockSubmodules(layers, RMSNorm),
                     vocab_size=padded_vocab(shape.vocab, grid.tp.size),
                     max_sequence_length=shape.max_position,
                     pre_process=number == 0,
@@ -182,7 +190,7 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
                     vp_stage=stage if grid.vpp > 1 else None,
                 )
             )
-    return chunks, {"attention": attention_name, "linear": cfg.linear}
+    return chunks, {"attention": attention_name, "linear": cfg.linear if shape.quantization is None else str(shape.quantization)}
 
 
 def data_parallel(chunks: Sequence[Decoder], grid: Grid, *, overlap: bool = False) -> list[DistributedDataParallel]:

@@ -45,7 +45,7 @@ from megamod.weights import peft, pissa
 from megamod.weights.load import Source
 from megamod.weights.peft import Slot, saved, slots
 from megamod.weights.table import Piece, Placed, Row, pieces, placed, table
-from megamod_kernels.lora import Dropout, Part, lora_down, lora_linear, lora_up, path
+from megamod_kernels.lora import Dropout, Part, Weight, dense, lora_down, lora_linear, lora_up, path
 
 REFERENCE = "reference"  # the frozen adapter that preference losses compare with
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -131,19 +131,19 @@ class Low(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen column- or row-parallel linear with adapters; takes the place, the weight and the bias of megatron-core's.
+    """A frozen column- or row-parallel linear with adapters, in the place of megatron-core's.
 
     Args:
-        base: megatron-core's linear.
+        weight, bias, skip_bias_add: megatron-core's linear's own; or a compact weight.
         cut: the axis of the weight that tp divides; 0: column-parallel, 1: row-parallel.
         name: of the module in the whole model, from which dropout's masks are drawn.
         path: who multiplies, as megamod_kernels.lora.path says.
     """
 
-    def __init__(self, base: Any, cut: int, name: str, grid: Grid, switch: Switch) -> None:
+    def __init__(self, weight: Weight, bias: nn.Parameter | None, skip_bias_add: bool, cut: int, name: str, grid: Grid) -> None:
         super().__init__()
-        self.weight, self.bias, self.skip_bias_add = base.weight, base.bias, base.skip_bias_add
-        self.cut, self.grid, self.switch = cut, grid, switch
+        self.weight, self.bias, self.skip_bias_add = weight, bias, skip_bias_add
+        self.cut, self.grid, self.switch = cut, grid, Switch()
         self.adapters = nn.ModuleDict()  # name → the leaves that it has here → Low
         self.dropout: dict[str, float] = {}
         self.path = path(self.weight)
@@ -195,13 +195,13 @@ class LoraLinear(nn.Module):
 
     def _magnitudes(self, lows: Sequence[Low]) -> Tensor:
         """`[F']` DoRA's factor m / ‖W + s·BA‖ of each output row; 1 where there is no adapter."""
-        factors, row = [], 0
+        factors, row, weight = [], 0, dense(self.weight)
         for low in lows:
             assert low.magnitude is not None
-            norm = low.norm(self.weight, self.columns)
+            norm = low.norm(weight, self.columns)
             factors += [low.magnitude.new_ones(low.row - row), (low.magnitude / norm).to(low.magnitude.dtype)]
             row = low.row + low.rows
-        return torch.cat([*factors, self.weight.new_ones(len(self.weight) - row)])
+        return torch.cat([*factors, weight.new_ones(len(weight) - row)])
 
     def _dropout(self, tokens: int) -> Dropout | None:
         p = self.dropout.get(self.switch.active or "", 0.0)
@@ -287,11 +287,14 @@ class Adapters:
         cut = row.parts[0].cut
         assert cut is not None, "a linear is cut"
         name = f"decoder.layers.{number}.{place}"
-        linear = LoraLinear(getattr(parent, leaf), cut, name, self.grid, self._switch)
+        base = getattr(parent, leaf)
+        linear = base if isinstance(base, LoraLinear) else LoraLinear(base.weight, base.bias, base.skip_bias_add, cut, name, self.grid)
+        linear.switch = self._switch
+        like = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
         for adapter, modules in wanted.items():
             cfg = self.configs[adapter]
             lows = {
-                module.rpartition(".")[2]: Low(modules[module], cfg, piece, linear.weight, cut, self.grid)
+                module.rpartition(".")[2]: Low(modules[module], cfg, piece, like, cut, self.grid)
                 for module, piece in held.items()
                 if module in modules
             }
@@ -364,7 +367,7 @@ class Adapters:
             for low in linear.lows(name):
                 low.fill(source, initial)
                 if low.magnitude is not None and low.slot.magnitude not in known:
-                    low.magnitude.copy_(low.norm(linear.weight, linear.columns))
+                    low.magnitude.copy_(low.norm(dense(linear.weight), linear.columns))
         for item, original in self._copies[name]:
             item.param.copy_(original)
             for piece in item.pieces:
@@ -385,6 +388,9 @@ class Fresh:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset`."""

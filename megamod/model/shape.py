@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megamod.errors import MegamodError, listed, nearest
+from megamod.weights.quantization import Quantization
 
 Json = Mapping[str, Any]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -108,6 +109,7 @@ class Shape:
     tied: bool = False
     sliding_window: int | None = None
     score: Score | None = None  # in the vocabulary's place; None: the head is the vocabulary
+    quantization: Quantization | None = None  # of the layers' linears, frozen; None: every weight is in the model's dtype
 
     def scored(self, score: Score | None) -> "Shape":
         """This decoder with `score` for its head, which then shares nothing with the embedding; None: as it is.
@@ -127,6 +129,20 @@ class Shape:
                 f"model.score is {score}, and the checkpoint has {own}: leave model.score out, or begin from a model with a vocabulary"
             )
         return replace(self, score=score, tied=False)
+
+    def quantized(self, quantization: Quantization | None) -> "Shape":
+        """This decoder with its linears in 4 bits; None: as it is.
+
+        Raises:
+            MegamodError: a quantization that cannot be, or another one than the checkpoint's own.
+        """
+        if quantization is None:
+            return self
+        if (fault := quantization.fault()) is not None:
+            raise MegamodError(f"model.quantization: {fault}")
+        if self.quantization not in (None, quantization):
+            raise MegamodError(f"model.quantization is {quantization}, and the checkpoint is in {self.quantization}: leave it out")
+        return replace(self, quantization=quantization)
 
     @property
     def outputs(self) -> int:
@@ -205,7 +221,6 @@ ONLY = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "pretraining_tp": 1,
-    "quantization_config": None,
     "logit_scale": None,
     "final_logit_softcapping": None,
 }
@@ -264,6 +279,7 @@ def shape_of(config: Json) -> Shape:
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ConfigJsonError(f"{key} = {config[key]!r} is not supported: only {value!r}")
+    in_four_bits(config)  # what it refuses is refused now
 
     def flag(rule: bool | str) -> bool:
         return _get(config, rule, bool, False) if isinstance(rule, str) else rule
@@ -296,6 +312,28 @@ def shape_of(config: Json) -> Shape:
         sliding_window=_get(config, "sliding_window", int, None) if windowed else None,
     )
     return decoder.scored(_score_of(config))
+
+
+def in_four_bits(config: Json) -> bool:
+    """Whether the weights beside `config` are in 4 bits, as bitsandbytes stores them; `weights.bitsandbytes` reads these.
+
+    Raises:
+        ConfigJsonError: they are quantised in another way.
+    """
+    said = config.get("quantization_config")
+    if said is None:
+        return False
+    if not isinstance(said, Mapping):
+        raise ConfigJsonError(f"quantization_config: an object was expected, not {said!r}")
+    loads = {bits: said.get(f"load_in_{bits}bit") is True for bits in (4, 8)}
+    method = said.get("quant_method", "bitsandbytes" if any(loads.values()) else None)  # the first versions did not say
+    if method != "bitsandbytes":
+        raise ConfigJsonError(f"quantization_config: quant_method = {method!r} is not supported: only 'bitsandbytes', in 4 bits")
+    if loads != {4: True, 8: False}:
+        raise ConfigJsonError("quantization_config: only 4 bits are supported: load_in_4bit = true and load_in_8bit = false were expected")
+    if (storage := said.get("bnb_4bit_quant_storage", "uint8")) != "uint8":
+        raise ConfigJsonError(f"quantization_config: bnb_4bit_quant_storage = {storage!r} is not supported: only 'uint8'")
+    return True
 
 
 def _score_of(config: Json) -> Score | None:

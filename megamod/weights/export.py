@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -185,13 +185,19 @@ def _prepare(shape: Shape, source: Path, target: Path, draft: Path, dtype: torch
     begin(draft, source, tokenizer, dtype, texts, shape.score)
 
 
-def begin(draft: Path, source: Path, tokenizer: Path, dtype: torch.dtype, texts: Mapping[str, str], score: Score | None = None) -> None:
+def begin(
+    draft: Path, source: Path, tokenizer: Path, dtype: torch.dtype, texts: Mapping[str, str], score: Score | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """All of a Hugging Face directory but its weights. Arguments and errors as in `export`.
 
     Args:
         score: the model's head; None: the one that `source` has.
+        quantization: config.json's `quantization_config`; None: the weights are plain, whatever `source` has.
     """
-    config = read_config(source)
+    config = {key: value for key, value in read_config(source).items() if key != "quantization_config"}
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     if score is not None:
         config = with_score(config, score, padding(tokenizer, config))
     write_json(draft / "config.json", both_spellings(config, str(dtype).removeprefix("torch.")))
@@ -304,6 +310,50 @@ def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: P
     sync(draft)
     os.rename(draft, target)
     sync(target.parent)
+
+
+def stream(draft: Path, sizes: Mapping[str, int], made: Callable[[str], Mapping[str, Tensor]], shard_bytes: int, doing: str) -> None:
+    """The weights and their index, by one process. Memory holds one file's tensors.
+
+    Args:
+        sizes: name → bytes of what is made of it.
+        made: of a name the tensors, by their own names.
+        shard_bytes: as in `export`.
+        doing: what to call it meanwhile.
+    """
+    where: dict[str, str] = {}
+    total = 0
+    shards = list(_shards(sizes, shard_bytes))
+    with tqdm(total=sum(sizes.values()), desc=doing, unit="B", unit_scale=True, delay=3, mininterval=3) as progress:
+        for i, names in enumerate(shards, 1):
+            file, tensors = f"model-{i:05d}-of-{len(shards):05d}.safetensors", dict[str, Tensor]()
+            for name in names:
+                tensors |= made(name)
+                progress.update(sizes[name])
+            save_file(tensors, draft / file, metadata={"format": "pt"})
+            finish(draft / file)
+            where |= dict.fromkeys(tensors, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    write_index(draft, where, total)
+
+
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
+    """Names dealt to files in their order, layer by layer."""
+    shard: list[str] = []
+    room = shard_bytes
+    for name in sorted(sizes, key=_place):
+        if shard and sizes[name] > room:
+            yield shard
+            shard, room = [], shard_bytes
+        shard.append(name)
+        room -= sizes[name]
+    yield shard
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a tensor comes: the embedding, the layers in their order, the rest."""
+    parts = name.split(".")
+    return (1, int(parts[2])) if parts[1] == "layers" else (0 if "embed" in name else 2, 0)
 
 
 def write_index(draft: Path, where: Mapping[str, str], total: int) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megamod.model.shape import Shape
 from megamod.parallel.grid import Grid
 from megamod.weights.load import Source
-from megamod.weights.table import Placed, hf_shapes
+from megamod.weights.table import Held, hf_shapes
 
 SCORE = "score."  # of tensors of a head of scores
 AT_A_TIME = 1 << 22  # elements; as integers of 64 bits they take eight times as many bytes
@@ -27,14 +27,14 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROW, _COLUMN = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # far from round numbers
 
 
-def of_model(items: Sequence[Placed], grid: Grid, dtype: torch.dtype | None = torch.bfloat16) -> str:
+def of_model(items: Sequence[Held], grid: Grid, dtype: torch.dtype | None = torch.bfloat16) -> str:
     """Of the weights that the ranks of `grid` hold, as `dtype` (None: as they are); every rank calls it. 16 hexadecimal digits."""
     total = torch.zeros((), dtype=torch.int64, device=grid.device)
     if grid.dp_cp.rank == 0:  # the others hold copies
         for item in items:
             for piece in item.pieces:
                 if piece.owned and (dtype is None or not piece.hf.startswith(SCORE)):
-                    total += _of(piece.of(item.param.detach()), dtype or item.param.dtype, piece.hf, piece.offset)
+                    total += _of(item.values(piece), dtype or item.dtype, piece.hf, piece.offset)
     dist.all_reduce(total)
     return _said(total)
 

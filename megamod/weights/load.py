@@ -17,17 +17,20 @@ from tqdm import tqdm
 from megamod.errors import MegamodError, listed
 from megamod.model.shape import Shape, read_shape
 from megamod.parallel.grid import Grid
-from megamod.weights.table import Placed, hf_shapes, placed, zero_padding
+from megamod.weights.table import Held, Piece, frozen, hf_shapes, placed, zero_padding
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Buffers that old exports carry and no computation reads.
 IGNORED = ("rotary_emb.inv_freq",)
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
 
 
 class Source(Protocol):
     """Tensors by Hugging Face's names, readable in part."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor: ...
 
@@ -85,6 +88,12 @@ class Safetensors:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self._shards[self._where[name]].get_slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise MegamodError(f"{self.directory}: {name} is of {kind}: one of {', '.join(DTYPES)} was expected")
+        return DTYPES[kind]
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         view = self._shards[self._where[name]].get_slice(name)
         return view[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
@@ -99,6 +108,9 @@ class Tensors:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         return self.tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
 
@@ -111,6 +123,9 @@ class Random:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         if len(self._shapes[name]) == 1:
@@ -135,7 +150,7 @@ class Scored:
     """
 
     def __init__(self, source: Source, shape: Shape, seed: int) -> None:
-        self._source, self._drawn = source, Random(shape, seed)
+        self.source, self._drawn = source, Random(shape, seed)
         own = source.shapes()
         scores = {name: size for name, size in self._drawn.shapes().items() if name.startswith("score.")}
         for name, size in scores.items():
@@ -146,17 +161,25 @@ class Scored:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._holder(name).dtype(name)
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        return (self._source if name in self._source.shapes() else self._drawn).read(name, offset, size)
+        return self._holder(name).read(name, offset, size)
+
+    def _holder(self, name: str) -> Source:
+        return self.source if name in self.source.shapes() else self._drawn
 
 
 def weights_at(path: str | Path, shape: Shape, seed: int) -> Source:
     """The checkpoint at `path` for a model of `shape`: with a new head of scores, if `shape` has one and config.json does not.
 
     Raises:
-        MegamodError: see `Safetensors`, `Scored` and `read_shape`.
+        MegamodError: see `Safetensors`, `BitsAndBytes`, `Scored` and `read_shape`.
     """
-    source = Safetensors(path)
+    from megamod.weights.bitsandbytes import BitsAndBytes, says_four_bits  # not above: it stands on this module
+
+    source: Source = BitsAndBytes(path) if says_four_bits(path) else Safetensors(path)
     return source if shape.score is None or read_shape(path).score is not None else Scored(source, shape, seed)
 
 
@@ -177,22 +200,51 @@ def check_keys(source: Source, shape: Shape, where: str) -> None:
         raise MegamodError(f"{where}: the tensors do not match config.json: {'; '.join(faults)}")
 
 
-def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, where: str = "checkpoint") -> list[Placed]:
-    """Fill this rank's chunks from `source`, converting the dtype. Returns where every parameter's pieces lie.
+class _Unreadable:
+    """After a fault: every read fails with it again."""
+
+    def __init__(self, fault: Exception) -> None:
+        self._fault = fault
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        raise self._fault
+
+    def dtype(self, name: str) -> torch.dtype:
+        raise self._fault
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        raise self._fault
+
+
+def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, where: str = "checkpoint") -> list[Held]:
+    """Fill this rank's chunks from `source`, converting the dtype, layer by layer; every rank calls it. Returns where all pieces lie.
 
     Raises:
         MegamodError: see `check_keys`; or a tied checkpoint whose lm_head.weight is not its embedding.
     """
     check_keys(source, shape, where)
-    items = placed(chunks, shape, grid.tp.size, grid.tp.rank)
+    own = (chunks, shape, grid.tp.size, grid.tp.rank)
+    parameters = placed(*own)
+    items: list[Held] = [*parameters, *frozen(*own)]
     compare_head = shape.tied and "lm_head.weight" in source.shapes()
-    with torch.no_grad():
-        for item in tqdm(items, desc="loading", unit="parameter", delay=3, mininterval=3, disable=grid.rank != 0):
-            zero_padding(item)
-            for piece in item.pieces:
-                tensor = source.read(piece.hf, piece.offset, piece.size)
-                piece.of(item.param).copy_(tensor)
-                is_tied = compare_head and piece.hf == "model.embed_tokens.weight"
-                if is_tied and not torch.equal(tensor, source.read("lm_head.weight", piece.offset, piece.size)):
-                    raise MegamodError(f"{where}: config.json ties the embeddings, but lm_head.weight differs from them")
+    fault: Exception | None = None
+    for parameter in parameters:
+        with torch.no_grad():
+            zero_padding(parameter)
+    for item in tqdm(items, desc="loading", unit="parameter", delay=3, mininterval=3, disable=grid.rank != 0):
+        for piece in item.pieces:
+            try:
+                item.fill(piece, source if fault is None else _Unreadable(fault), grid)
+                if fault is None and compare_head and piece.hf == "model.embed_tokens.weight":
+                    _check_tied(piece, source, where)
+            except Exception as error:  # the others go on, and meet this rank where they quantise together
+                fault = fault or error
+    if fault is not None:
+        raise fault
     return items
+
+
+def _check_tied(piece: Piece, source: Source, where: str) -> None:
+    """Raises MegamodError where a tied checkpoint has a head of its own."""
+    if not torch.equal(*(source.read(name, piece.offset, piece.size) for name in (piece.hf, "lm_head.weight"))):
+        raise MegamodError(f"{where}: config.json ties the embeddings, but lm_head.weight differs from them")

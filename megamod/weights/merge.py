@@ -3,26 +3,25 @@
     W' = W + s·BA                              LoRA
     W' = m ⊙ (W + s·BA) / ‖W + s·BA‖           DoRA: m and the norms `[F]`, over W's inputs
 
-computed in fp32 at least and rounded once. What the adapter does not change is copied bit for bit.
+computed in fp32 at least and rounded once. What the adapter does not change is copied bit for bit. Of a base in 4 bits W is what these
+stand for, in fp32; its linears without an adapter are rounded once, too.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from megamod.files import finish
+from megamod.errors import MegamodError
 from megamod.model.shape import Shape, read_shape
 from megamod.weights import peft
-from megamod.weights.export import begin, drafting, refuse_taken, write_index
+from megamod.weights.bitsandbytes import quantised
+from megamod.weights.export import begin, drafting, refuse_taken, stream
 from megamod.weights.load import Source, check_keys, weights_at
+from megamod.weights.quantization import Quantization
 from megamod.weights.table import hf_shapes
-
-Files = Mapping[str, list[str]]  # file → the tensors in it
 
 
 def merge(
@@ -31,16 +30,18 @@ def merge(
     out: str | Path,
     dtype: torch.dtype | None = None,
     *,
+    quantization: Quantization | None = None,
     texts: Mapping[str, str] | None = None,
     shard_bytes: int = 4_000_000_000,
 ) -> Path:
     """Write the model that `base` and `adapter` are together to `out`. Memory holds one file's tensors, and one in fp32.
 
     Args:
-        base: a Hugging Face directory; its config.json, tokenizer and licence are copied.
+        base: a Hugging Face directory, plain or of bitsandbytes; its config.json, tokenizer and licence are copied.
         adapter: a PEFT directory or a run's checkpoint.
         out: new, or empty.
         dtype: of the written tensors; None: the base's own.
+        quantization: what the base was quantised to beneath the adapter; None: what the adapter says.
         texts: further small files, by name; they replace the base's of that name.
         shard_bytes: a file holds at most so much, or a single larger tensor.
 
@@ -49,24 +50,17 @@ def merge(
     """
     refuse_taken(Path(out))
     shape = peft.shape_with(adapter, read_shape(base))
-    weights = weights_at(base, shape, 0)
-    check_keys(weights, shape, str(base))
     found = peft.opened(adapter, shape)
+    if quantization is not None and found.quantization not in (None, quantization):
+        raise MegamodError(f"{adapter}: an adapter of a base in {found.quantization}, and {quantization} was asked for")
+    weights = quantised(weights_at(base, shape, 0), quantization or found.quantization, str(adapter))
+    check_keys(weights, shape, str(base))
     peft.check_base(found, weights, shape, str(adapter))
     merged = Merged(weights, found, shape, dtype)
     sizes = {name: math.prod(size) * merged.dtype(name).itemsize for name, size in merged.shapes().items()}
-    files = _files(sizes, shard_bytes)
-    progress = tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, delay=3, mininterval=3)
-    with progress, drafting(Path(out)) as draft:
+    with drafting(Path(out)) as draft:
         begin(draft, Path(base), Path(base), merged.dtype("model.embed_tokens.weight"), texts or {}, shape.score)
-        for file, names in files.items():
-            tensors = {}
-            for name in names:
-                tensors[name] = merged.read(name)
-                progress.update(sizes[name])
-            save_file(tensors, draft / file, metadata={"format": "pt"})
-            finish(draft / file)
-        write_index(draft, {name: file for file, names in files.items() for name in names}, sum(sizes.values()))
+        stream(draft, sizes, lambda name: {name: merged.read(name)}, shard_bytes, "merging")
     return Path(out)
 
 
@@ -85,8 +79,7 @@ class Merged:
 
     def dtype(self, name: str) -> torch.dtype:
         """In which a tensor is written: the base's, unless another was asked for."""
-        one = [1] * len(self._shapes[name])
-        return self._dtype or self._base.read(name, [0] * len(one), one).dtype
+        return self._dtype or self._base.dtype(name)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
@@ -110,27 +103,3 @@ class Merged:
 def _whole(source: Source, name: str) -> Tensor:
     size = source.shapes()[name]
     return source.read(name, [0] * len(size), size)
-
-
-def _files(sizes: Mapping[str, int], shard_bytes: int) -> Files:
-    """Tensors dealt to files in their order, layer by layer."""
-    shards = list(_shards(sizes, shard_bytes))
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
-    shard: list[str] = []
-    room = shard_bytes
-    for name in sorted(sizes, key=_place):
-        if shard and sizes[name] > room:
-            yield shard
-            shard, room = [], shard_bytes
-        shard.append(name)
-        room -= sizes[name]
-    yield shard
-
-
-def _place(name: str) -> tuple[int, int]:
-    """Where a tensor comes: the embedding, the layers in their order, the rest."""
-    parts = name.split(".")
-    return (1, int(parts[2])) if parts[1] == "layers" else (0 if "embed" in name else 2, 0)

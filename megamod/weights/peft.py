@@ -22,9 +22,11 @@ from megamod import checkpoint, files
 from megamod.config import InitLora, LoraConfig, as_json
 from megamod.errors import MegamodError, listed, nearest
 from megamod.model.shape import Problem, Score, Shape, read_shape, score_from_json, unnamed
+from megamod.weights.bitsandbytes import four_bits, quantised
 from megamod.weights.export import drafting, refuse_taken, write_json, write_texts
 from megamod.weights.fingerprint import of_source
 from megamod.weights.load import Safetensors, Source, Tensors, check_keys, weights_at
+from megamod.weights.quantization import Quantization, quantization_from_json
 from megamod.weights.table import hf_shapes
 
 T = TypeVar("T")
@@ -35,9 +37,11 @@ EMBEDDING, HEAD, SCORE = "model.embed_tokens", "lm_head", "score"
 OF_CLASSIFIERS = ("classifier", "score")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "megamod.base"  # in the metadata of the tensors' file: of the base's weights: weights.fingerprint
+QUANTIZATION = "megamod.quantization"  # in the same metadata: what the base was quantised to, beside which the adapter was trained
 NAMES = "megamod.score"  # in the same metadata: the head of scores, of which PEFT knows no names
 INITIAL = "pissa_init"  # in a run's directory: A and B as the base's singular value decomposition gave them
 TASKS = {None: "CAUSAL_LM", False: "SEQ_CLS", True: "TOKEN_CLS"}  # whether every token is scored; None: a vocabulary → task_type
+KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}  # safetensors' words
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -405,8 +409,9 @@ class Adapter(Source, Protocol):
     """An adapter's tensors by the names of `tensors`, and what they are."""
 
     config: LoraConfig
-    dtype: torch.dtype  # holds every A and B exactly
+    factor_dtype: torch.dtype  # holds every A and B exactly
     base: str | None  # the base's fingerprint; None: not known
+    quantization: Quantization | None  # how the base was quantised in training; None: it was not, or that is not known
     score: Score | None  # the head of scores that it has trained; None: none
 
 
@@ -430,14 +435,19 @@ class Peft:
         if self.ties:
             self._drop_head(root)
         self._shapes = {name: tuple(self._file.get_slice(theirs).get_shape()) for name, theirs in self._stored.items()}
-        self.dtype = self._dtype(root)
+        self.factor_dtype = self._factor_dtype(root)
         metadata = self._file.metadata() or {}
         self.base: str | None = metadata.get(FINGERPRINT)
+        self.quantization = quantization_from_json(metadata.get(QUANTIZATION), f"{root / TENSORS}: {QUANTIZATION}")
         self.score = self._score(about.get("task_type"), metadata.get(NAMES), root)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the tensors, by name."""
         return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is stored."""
+        return KINDS[self._file.get_slice(self._stored[name]).get_dtype()]
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset` of a tensor."""
@@ -467,14 +477,13 @@ class Peft:
             raise MegamodError(f"{root / TENSORS}: ensure_weight_tying ties {head} to {embedding}, and they differ")
         del self._stored[head]
 
-    def _dtype(self, root: Path) -> torch.dtype:
-        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    def _factor_dtype(self, root: Path) -> torch.dtype:
         found: set[torch.dtype] = set()
         for theirs in self._stored.values():
-            if (kind := self._file.get_slice(theirs).get_dtype()) not in kinds:
-                raise MegamodError(f"{root / TENSORS}: {theirs} is of {kind}: one of {', '.join(kinds)} was expected")
+            if (kind := self._file.get_slice(theirs).get_dtype()) not in KINDS:
+                raise MegamodError(f"{root / TENSORS}: {theirs} is of {kind}: one of {', '.join(KINDS)} was expected")
             if ".lora_" in theirs:
-                found.add(kinds[kind])
+                found.add(KINDS[kind])
         return functools.reduce(torch.promote_types, found) if found else torch.float32
 
 
@@ -516,9 +525,10 @@ class Checkpoint:
             raise MegamodError(f"{path}: a checkpoint of whole weights, which holds no adapter")
         cfg = lora_from_json(about["lora"], f"{manifest}: lora")
         self._trained, self.config = cfg, plain_config(cfg)
-        self.dtype = _dtype_named(about.get("dtype"), manifest)
+        self.factor_dtype = _dtype_named(about.get("dtype"), manifest)
         self._dtypes = {name: _dtype_named(dtype, manifest) for name, dtype in about.get("dtypes", {}).items()}
         self.base: str | None = about.get("base")
+        self.quantization = quantization_from_json(about.get("quantization"), f"{manifest}: quantization")
         self.model = str(about.get("model.path") or "")  # where the base is, or was
         shape = about.get("shape")
         self.score = score_from_json(shape.get("score") if isinstance(shape, dict) else None, f"{manifest}: shape.score")
@@ -531,13 +541,17 @@ class Checkpoint:
         """Of the tensors, by name."""
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is read."""
+        return self._dtypes.get(name, self.factor_dtype)
+
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset` of a tensor."""
         return self._whole(name)[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
 
     def _whole(self, name: str) -> Tensor:
         size = self._masters.shapes()[name]
-        tensor = self._masters.read(name, [0] * len(size), size).to(self._dtypes.get(name, self.dtype))
+        tensor = self._masters.read(name, [0] * len(size), size).to(self.dtype(name))
         if self._initial is None or not _is_factor(name):
             return tensor
         if self._initial.shapes().get(name) != size:
@@ -655,7 +669,8 @@ def check_base(adapter: Adapter, base: Source, shape: Shape, where: str) -> None
 def check_fingerprint(adapter: Adapter, base: str, where: str) -> None:
     """`check_base`, of a base whose fingerprint is known. Raises MegamodError."""
     if adapter.base not in (None, base):
-        raise MegamodError(f"{where}: an adapter of another base: its weights had the fingerprint {adapter.base}, these have {base}")
+        how = "" if adapter.quantization is None else f", in {adapter.quantization},"
+        raise MegamodError(f"{where}: an adapter of another base: its weights{how} had the fingerprint {adapter.base}, these have {base}")
 
 
 def whole(source: Source) -> dict[str, Tensor]:
@@ -715,6 +730,7 @@ def write(
     *,
     base: str,
     fingerprint: str | None = None,
+    quantization: Quantization | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a PEFT directory, whole or not at all, with each tensor in its own dtype.
@@ -724,6 +740,7 @@ def write(
         tensors: by the names of `tensors`, in their shapes; plain, as `cfg` is.
         base: the path or name of the base model.
         fingerprint: of the base's weights.
+        quantization: of the base in training; None: it had none.
         texts: further small files, by name.
 
     Raises:
@@ -738,6 +755,8 @@ def write(
         metadata = {"format": "pt", **({} if fingerprint is None else {FINGERPRINT: fingerprint})}
         if shape.score is not None:
             metadata[NAMES] = json.dumps(as_json(shape.score), ensure_ascii=False)
+        if quantization is not None:
+            metadata[QUANTIZATION] = json.dumps(as_json(quantization), ensure_ascii=False)
         save_file(stored, draft / TENSORS, metadata=metadata)
         files.finish(draft / TENSORS)
         write_json(draft / CONFIG, config_json(cfg, shape, base))
@@ -761,7 +780,10 @@ def export(
     """
     refuse_taken(Path(directory))
     adapter = Checkpoint(checkpoint_at(Path(path)) or path)
-    return write(directory, whole(adapter), adapter.config, shape, base=base or adapter.model, fingerprint=adapter.base, texts=texts)
+    return write(
+        directory, whole(adapter), adapter.config, shape, base=base or adapter.model, fingerprint=adapter.base,
+        quantization=adapter.quantization, texts=texts,
+    )  # fmt: skip
 
 
 def adopt(directory: str | Path, base: str | Path, out: str | Path) -> Path:
@@ -772,17 +794,19 @@ def adopt(directory: str | Path, base: str | Path, out: str | Path) -> Path:
     """
     refuse_taken(Path(out))
     shape = shape_with(directory, read_shape(base))
-    weights = weights_at(base, shape, seed=0)  # of a new head that nobody reads: the adapter has its own
-    check_keys(weights, shape, str(base))
     adapter = opened(directory, shape)
+    weights = quantised(weights_at(base, shape, seed=0), adapter.quantization, str(directory))  # its own head of scores counts, none drawn
+    check_keys(weights, shape, str(base))
+    in_training = four_bits(weights)
     check_base(adapter, weights, shape, str(directory))
     masters = whole(adapter)
     about = {
         "lora": as_json(adapter.config),
         "model.path": str(base),
-        "dtype": dtype_name(adapter.dtype),
-        "dtypes": {name: dtype_name(t.dtype) for name, t in masters.items() if t.dtype is not adapter.dtype},
+        "dtype": dtype_name(adapter.factor_dtype),
+        "dtypes": {name: dtype_name(t.dtype) for name, t in masters.items() if t.dtype is not adapter.factor_dtype},
         "base": adapter.base or of_source(weights, shape),
+        **({"quantization": as_json(in_training.quantization)} if in_training is not None else {}),
         **({"shape": as_json(shape)} if shape.score is not None else {}),
     }
     with drafting(Path(out)) as draft:

@@ -1,8 +1,10 @@
 """Which linears of a base are kept in 4 bits, and how: in the words of transformers' BitsAndBytesConfig."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from typing import Any
 
-from megamod.errors import nearest
+from megamod.errors import MegamodError, nearest
 from megamod_kernels.nf4 import BLOCK_SIZES, CODES, QuantType
 
 
@@ -31,3 +33,22 @@ class Quantization:
     def __str__(self) -> str:
         """`nf4, double quantisation, blocks of 64`"""
         return f"{self.quant_type}, {'double quantisation, ' if self.use_double_quant else ''}blocks of {self.blocksize}"
+
+
+def quantization_from_json(value: Any, where: str) -> Quantization | None:
+    """The Quantization of which `config.as_json` made `value`, an object or its text; None for null. Raises MegamodError."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        if found is None:
+            return None
+        given = {f.name: found[f.name] for f in fields(Quantization)}
+        names = given["modules_to_not_convert"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or type(given["use_double_quant"]) is not bool:
+            raise TypeError("a list of names, and true or false, were expected")
+        quantization = Quantization(**{**given, "modules_to_not_convert": tuple(names)})
+        fault = quantization.fault()
+    except (ValueError, KeyError, TypeError) as error:
+        raise MegamodError(f"{where}: {value!r} is no quantisation ({error})") from None
+    if fault is not None:
+        raise MegamodError(f"{where}: {fault}")
+    return quantization

@@ -7,12 +7,16 @@ the gradient norm and the checkpoint walk the same pieces. A new family's tensor
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from megamod.model.shape import Shape
+from megamod.parallel.grid import Grid
+
+if TYPE_CHECKING:
+    from megamod.weights.load import Source
 
 ADAPTERS = "adapters."  # in the name of a parameter: it belongs to an adapter, not to the base
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size along each axis, in Hugging Face's coordinates
@@ -157,6 +161,58 @@ class Placed:
     pieces: tuple[Piece, ...]
     rate: float = 1.0  # its learning rate ÷ the run's
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.param.dtype
+
+    def values(self, piece: Piece) -> Tensor:
+        """What it holds of a piece, in the box's shape."""
+        return piece.of(self.param.detach())
+
+    def fill(self, piece: Piece, source: "Source", grid: Grid) -> None:
+        """Read a piece from `source`."""
+        piece.of(self.param.detach()).copy_(source.read(piece.hf, piece.offset, piece.size))
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """A frozen weight that is no parameter: model.nf4's, in 4 bits."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def values(self, piece: Piece) -> Tensor: ...
+
+    def fill(self, piece: Piece, source: "Source", grid: Grid) -> None: ...
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen weight of this rank that is no parameter, and the pieces it holds."""
+
+    name: str
+    weight: InPieces
+    pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is multiplied."""
+        return self.weight.dtype
+
+    def values(self, piece: Piece) -> Tensor:
+        """What it holds of a piece, in the box's shape."""
+        return self.weight.values(piece)
+
+    def fill(self, piece: Piece, source: "Source", grid: Grid) -> None:
+        """Read a piece from `source`; the tp ranks call it alike."""
+        self.weight.fill(piece, source, grid)
+
+
+Held = Placed | Frozen
+
 
 def placed(chunks: Sequence[nn.Module], shape: Shape, tp: int, rank: int) -> list[Placed]:
     """Every parameter of this rank's model chunks (bare GPTModels, or wrapped in DistributedDataParallel) with its pieces.
@@ -166,27 +222,51 @@ def placed(chunks: Sequence[nn.Module], shape: Shape, tp: int, rank: int) -> lis
     Raises:
         AssertionError: a parameter that the table lacks; the model and the table are then out of step.
     """
-    rows = {row.ours: row for row in table(shape)}
-    tied_copy = replace(rows["embedding.word_embeddings.weight"], ours="output_layer.weight")
-    result = []
-    for chunk in chunks:
-        model: Any = getattr(chunk, "module", chunk)
-        for name, param in model.named_parameters():
-            if ADAPTERS in name:
-                continue
-            prefix, _, rest = name.partition("decoder.layers.")
-            layer, generic, full = 0, name, name
-            if rest and not prefix:
-                local, _, leaf = rest.partition(".")
-                layer = model.decoder.layers[int(local)].layer_number - 1
-                generic, full = f"decoder.layers.{{}}.{leaf}", f"decoder.layers.{layer}.{leaf}"
-            if generic == "output_layer.weight" and shape.tied:
-                held = tuple(replace(piece, owned=False) for piece in pieces(tied_copy, tp, rank, 0))
-            else:
-                assert generic in rows, f"{generic} is missing from weights.table"
-                held = tuple(pieces(rows[generic], tp, rank, layer))
-            result.append(Placed(full, param, held))
-    return result
+    where = _Places(shape, tp, rank)
+    return [
+        Placed(full, param, held)
+        for model in map(_bare, chunks)
+        for name, param in model.named_parameters()
+        if ADAPTERS not in name
+        for full, held in [where.of(name, model)]
+    ]
+
+
+def frozen(chunks: Sequence[nn.Module], shape: Shape, tp: int, rank: int) -> list[Frozen]:
+    """Every weight of this rank's model chunks that is no parameter, with its pieces. Arguments and errors as in `placed`."""
+    where = _Places(shape, tp, rank)
+    return [
+        Frozen(full, weight, held)
+        for model in map(_bare, chunks)
+        for name, weight in model.named_modules()
+        if isinstance(weight, InPieces)
+        for full, held in [where.of(name, model)]
+    ]
+
+
+def _bare(chunk: Any) -> Any:
+    return getattr(chunk, "module", chunk)
+
+
+class _Places:
+    """Where the weights of a rank's chunks lie."""
+
+    def __init__(self, shape: Shape, tp: int, rank: int) -> None:
+        self._rows, self._tied, self._tp, self._rank = {row.ours: row for row in table(shape)}, shape.tied, tp, rank
+
+    def of(self, name: str, model: Any) -> tuple[str, tuple[Piece, ...]]:
+        """What `name` is called in the whole model, and its pieces."""
+        prefix, _, rest = name.partition("decoder.layers.")
+        layer, generic, full = 0, name, name
+        if rest and not prefix:
+            local, _, leaf = rest.partition(".")
+            layer = model.decoder.layers[int(local)].layer_number - 1
+            generic, full = f"decoder.layers.{{}}.{leaf}", f"decoder.layers.{layer}.{leaf}"
+        if generic == "output_layer.weight" and self._tied:  # the last stage's copy of the embedding
+            row = replace(self._rows["embedding.word_embeddings.weight"], ours=generic)
+            return full, tuple(replace(piece, owned=False) for piece in pieces(row, self._tp, self._rank, 0))
+        assert generic in self._rows, f"{generic} is missing from weights.table"
+        return full, tuple(pieces(self._rows[generic], self._tp, self._rank, layer))
 
 
 def boxes(piece: Piece, start: int, stop: int) -> Iterator[tuple[int, int, Box]]:
