@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from complaints import complaint
 from torch import Tensor
 
@@ -42,6 +43,15 @@ def test_documents_are_isolated_on_two_ranks(tmp_path: Path) -> None:
         assert float(alone) < 1e-5
     assert done.stdout.splitlines()[-1] == f"{len(rows)} documents changed, each alone: all others kept every bit"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_in_4_bits_with_biases_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config("qwen2", max_position_embeddings=512)))
+    in_4_bits = ["lora.r=3", "model.quantization.quant_type=nf4"]
+    cfg = config.load(TINY, [f"dir={tmp_path}", f"model.path={tmp_path}", "data.rows_per_step=4", *in_4_bits])
+    found, _ = check_packing.findings(cfg, 1, 2)
+    check_packing.refuse(found)
+    assert len(found) == 2
 
 
 def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

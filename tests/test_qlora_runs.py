@@ -130,6 +130,25 @@ def test_a_rank_that_cannot_read_ends_all_of_them(base: Path, tmp_path: Path) ->
     assert "model.layers.1.mlp.up_proj.weight: holds NaN or an infinite number, and cannot be in 4 bits" in lines[0]
 
 
+def test_a_rank_with_a_fault_of_its_own_goes_on_as_the_others_do(base: Path, tmp_path: Path) -> None:
+    """From bitsandbytes' own weights ranks find nothing together, and the one with the fault may not wait for that."""
+    stored = bitsandbytes.quantize(base, tmp_path / "stored", Quantization())
+    about = json.loads((stored / "config.json").read_text())
+    file, index = next(stored.glob("*.safetensors")), stored / "model.safetensors.index.json"
+    weights, where = load_file(file), json.loads(index.read_text())
+    head = weights["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1  # the second rank's row alone
+    save_file({**weights, "lm_head.weight": head}, file, metadata={"format": "pt"})
+    where["weight_map"]["lm_head.weight"] = file.name
+    index.write_text(json.dumps(where))
+    (stored / "config.json").write_text(json.dumps({**about, "tie_word_embeddings": True}))
+    done = launched(*SAME, "lora.r=3", "model.init=load", f"model.path={stored}", f"dir={tmp_path / 'run'}", "parallel.tp=2")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("megamod: error:")]
+    assert len(lines) == 1
+    assert "config.json ties the embeddings, but lm_head.weight differs from them" in lines[0]
+
+
 def launched(*overrides: str) -> subprocess.CompletedProcess[str]:
     """configs/tiny.py on two ranks."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}

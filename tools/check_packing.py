@@ -68,6 +68,8 @@ def findings(cfg: RunConfig, step: int, limit: int) -> tuple[list[Finding], str]
     batch = everywhere(on_first(lambda: peek(cfg, shape, step)[0]), shape.vocab)
     chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     together(lambda: load(chunks, shape, grid, weights_of(cfg, shape), where=cfg.model.path))
+    for chunk in chunks:
+        chunk.requires_grad_(False)  # as a linear in 4 bits must be, its bias too
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()
     before = answer(chunks, batch, grid)
     found = []

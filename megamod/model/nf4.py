@@ -172,6 +172,8 @@ def _quantized(segment: Segment, read: Callable[[], Tensor], grid: Grid) -> Shar
     absmax, fault = torch.zeros(-(-lines.total // q.blocksize), dtype=torch.float32, device=device), None
     try:
         x = read().to(device)
+        if x.dtype not in nf4.DTYPES:
+            raise MegamodError(f"{segment.piece.hf}: is in {str(x.dtype).removeprefix('torch.')}, and cannot be in 4 bits")
         if not bool(x.isfinite().all()):
             raise MegamodError(f"{segment.piece.hf}: holds NaN or an infinite number, and cannot be in 4 bits")
         absmax = nf4.block_absmax(x, lines, q.blocksize)

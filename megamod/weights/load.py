@@ -200,22 +200,6 @@ def check_keys(source: Source, shape: Shape, where: str) -> None:
         raise MegamodError(f"{where}: the tensors do not match config.json: {'; '.join(faults)}")
 
 
-class _Unreadable:
-    """After a fault: every read fails with it again."""
-
-    def __init__(self, fault: Exception) -> None:
-        self._fault = fault
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        raise self._fault
-
-    def dtype(self, name: str) -> torch.dtype:
-        raise self._fault
-
-    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        raise self._fault
-
-
 def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, where: str = "checkpoint") -> list[Held]:
     """Fill this rank's chunks from `source`, converting the dtype, layer by layer; every rank calls it. Returns where all pieces lie.
 
@@ -234,10 +218,10 @@ def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, 
     for item in tqdm(items, desc="loading", unit="parameter", delay=3, mininterval=3, disable=grid.rank != 0):
         for piece in item.pieces:
             try:
-                item.fill(piece, source if fault is None else _Unreadable(fault), grid)
+                item.fill(piece, source, grid)
                 if fault is None and compare_head and piece.hf == "model.embed_tokens.weight":
                     _check_tied(piece, source, where)
-            except Exception as error:  # the others go on, and meet this rank where they quantise together
+            except Exception as error:  # this rank goes on as the others do, and meets them where they quantise together
                 fault = fault or error
     if fault is not None:
         raise fault
