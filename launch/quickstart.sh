@@ -14,12 +14,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 real=
 lora=
 qlora=
-kind=
 while [[ "${1:-}" == --* ]]; do
     case $1 in
         --real) real=1 ;;
-        --lora) lora=1 kind=_lora ;;
-        --qlora) lora=1 qlora=1 kind=_qlora ;;
+        --lora) lora=1 ;;
+        --qlora) lora=1 qlora=1 ;;
         *)
             echo "megamod: error: $1: --real, --lora, --qlora or overrides such as steps=100 were expected" >&2
             exit 1
@@ -46,6 +45,8 @@ say() { printf '\n== %s\n' "$*"; }
 
 NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 export NPROC
+kind=${lora:+_lora}
+[ -z "$qlora" ] || kind=_qlora
 run=runs/quickstart${real:+_real}$kind
 new=$run.new # the rows may come from an earlier quickstart's folder
 rm -rf "$new"

@@ -8,6 +8,7 @@ than --tolerance.
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from megamod.command import command
 from megamod.config import ModelConfig, ParallelConfig, SyntheticData
 from megamod.data.documents import synthetic
 from megamod.data.packing import micro_batch
+from megamod.errors import MegamodError
 from megamod.model.build import DTYPES, build
 from megamod.model.shape import read_shape
 from megamod.parallel import grid as grids
@@ -50,12 +52,25 @@ def difference(directory: str, dtype: str) -> tuple[float, float]:
     documents = synthetic(SyntheticData(documents=4, mean_length=24, labelled=1.0), shape.vocab, 48, seed=1)
     batch = micro_batch([documents], sum(len(d.tokens) for d in documents)).to(grid.device)
     ours = chunk.head(chunk(batch), batch).logprobs(batch.labels).cpu()
-    theirs_model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype]).to(grid.device)
+    theirs_model = _theirs(directory, DTYPES[dtype]).to(grid.device)
     rows = [theirs_model(document[None]).logits[0] for document in batch.tokens.split(batch.lengths)]
     log_p = torch.cat(rows)[batch.rows].to(ours.dtype).log_softmax(-1)
     theirs = log_p.gather(-1, batch.labels[:, None])[:, 0].cpu()
     grids.leave()
     return float((ours - theirs).abs().max()), float((ours - theirs).abs().mean())
+
+
+def _theirs(directory: str, dtype: torch.dtype) -> Any:
+    """transformers' model, all of it in `dtype`; of one in 4 bits transformers keeps the rest in the dtype of config.json."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            if dtype is torch.float64 or module.in_features % module.weight.quant_state.blocksize:
+                raise MegamodError(f"{directory}: bitsandbytes computes in float32 at most, and with rows of whole blocks on a CPU")
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+    for param in model.parameters():
+        param.data = param.data.to(dtype) if param.is_floating_point() else param.data
+    return model.train()  # to evaluate, bitsandbytes has another kernel on a CPU, in bfloat16 only; nothing here drops out
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class SelfAttention(MegatronModule):
         else:
             self.q_layernorm = self.k_layernorm = nn.Identity()
         if grid.kv_copies is not None:
-            for param in self.linear_qkv.parameters():
+            for param in filter(lambda param: param.requires_grad, self.linear_qkv.parameters()):  # in 4 bits it is frozen
                 sum_row_gradients(param, self.heads * d, grid.kv_copies)
 
     def forward(

@@ -2,8 +2,8 @@
 
 A rank keeps its share of each Hugging Face tensor as bitsandbytes would: codes of 4 bits, and for each block the largest number, which
 is a number of the *whole* tensor's block. A cut may fall inside a block; the values stay those of a single process. Nothing else is
-kept: a weight is made dense, in one buffer that all of a model's weights share, when it is multiplied with, once in the forward and once
-in the backward pass, and what autograd remembers of it are the codes.
+kept: a weight is made dense, in one buffer that all of a model's weights share, when it is multiplied with, once in a forward and once in
+the backward pass (DoRA's norm asks for it once more), and what autograd remembers of it are the codes.
 """
 
 from collections.abc import Callable, Sequence
@@ -207,7 +207,7 @@ class Linear4bit(LoraLinear):
         tp = grid.tp.size
         size = (output_size // tp, input_size) if cut == 0 else (output_size, input_size // tp)
         weight = Weight4bit(pieces, quantization, size, like, buffer)
-        own = nn.Parameter(like.new_empty(size[0])) if bias else None
+        own = nn.Parameter(like.new_empty(size[0]), requires_grad=False) if bias else None
         super().__init__(weight, own, skip_bias_add, cut, name, grid)
 
 

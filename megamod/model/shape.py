@@ -140,8 +140,11 @@ class Shape:
             return self
         if (fault := quantization.fault()) is not None:
             raise MegamodError(f"model.quantization: {fault}")
-        if self.quantization not in (None, quantization):
-            raise MegamodError(f"model.quantization is {quantization}, and the checkpoint is in {self.quantization}: leave it out")
+        own = self.quantization
+        if own is not None and quantization == replace(own, modules_to_not_convert=()):  # which linears the checkpoint itself says
+            return self
+        if own not in (None, quantization):
+            raise MegamodError(f"model.quantization is {quantization}, and the checkpoint is in {own}: leave it out")
         return replace(self, quantization=quantization)
 
     @property

@@ -191,7 +191,7 @@ class Quantizing(FourBits):
         linears = {name: _pair(size) for name, size in source.shapes().items() if is_linear(name, size)}
         for one in quantization.modules_to_not_convert:
             only = Quantization(modules_to_not_convert=(one,))
-            modules = [name.rpartition(".")[0] for name, size in source.shapes().items() if len(size) == 2]
+            modules = [name.rpartition(".")[0] for name, size in source.shapes().items() if len(size) == 2] + ["lm_head"]  # also a tied one
             if all(only.converts(module) for module in modules):
                 leaves = {module.rpartition(".")[2] for module in modules}
                 raise MegamodError(f"modules_to_not_convert: {one!r} names no linear of this model, {nearest(one, leaves)}")

@@ -201,7 +201,7 @@ def check_keys(source: Source, shape: Shape, where: str) -> None:
 
 
 def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, where: str = "checkpoint") -> list[Held]:
-    """Fill this rank's chunks from `source`, converting the dtype, layer by layer; every rank calls it. Returns where all pieces lie.
+    """Fill this rank's chunks from `source`, converting the dtype, tensor by tensor; every rank calls it. Returns where all pieces lie.
 
     Raises:
         MegamodError: see `check_keys`; or a tied checkpoint whose lm_head.weight is not its embedding.
