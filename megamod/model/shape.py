@@ -144,7 +144,8 @@ class Shape:
         if own is not None and quantization == replace(own, modules_to_not_convert=()):  # which linears the checkpoint itself says
             return self
         if own not in (None, quantization):
-            raise MegamodError(f"model.quantization is {quantization}, and the checkpoint is in {own}: leave it out")
+            skipped = f", without {listed(own.modules_to_not_convert, 3)}" if own.modules_to_not_convert else ""
+            raise MegamodError(f"model.quantization is {quantization}, and the checkpoint is in {own}{skipped}: leave it out")
         return replace(self, quantization=quantization)
 
     @property

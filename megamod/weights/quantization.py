@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megamod.errors import MegamodError, listed, nearest
+from megamod.errors import MegamodError, nearest
 from megamod_kernels.nf4 import BLOCK_SIZES, CODES, QuantType
 
 
@@ -31,10 +31,8 @@ class Quantization:
         return None
 
     def __str__(self) -> str:
-        """`nf4, double quantisation, blocks of 64, without down_proj`"""
-        double = "double quantisation, " if self.use_double_quant else ""
-        without = f", without {listed(self.modules_to_not_convert, 3)}" if self.modules_to_not_convert else ""
-        return f"{self.quant_type}, {double}blocks of {self.blocksize}{without}"
+        """`nf4, double quantisation, blocks of 64`"""
+        return f"{self.quant_type}, {'double quantisation, ' if self.use_double_quant else ''}blocks of {self.blocksize}"
 
 
 def quantization_from_json(value: Any, where: str) -> Quantization | None:
