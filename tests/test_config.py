@@ -29,6 +29,7 @@ from megamod.config import (
     ReferenceConfig, SyntheticData,
 )
 from megamod.model.shape import Score
+from megamod.weights.quantization import Quantization
 """
 PLAIN = 'RunConfig(dir="runs/x", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train="a.jsonl"){})'
 MADE_UP = 'RunConfig(dir="runs/x", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train=SyntheticData()))'
@@ -61,8 +62,9 @@ FULL = """RunConfig(
     seed=5,
     deterministic=True,
 )"""
-# An adapter, which FULL's linear rules out; a path would rule out most of this.
-ADAPTED = PLAIN.format(
+# An adapter on a base in 4 bits, which FULL's linear rules out; a path would rule out most of this.
+IN_4_BITS = PLAIN.replace('"/m"', '"/m", quantization=Quantization("fp4", False, 32, ("k_proj",))')
+ADAPTED = IN_4_BITS.format(
     """, lora=LoraConfig(
         r=4, lora_alpha=2.5, target_modules=("q_proj", "up_proj"), exclude_modules="model.*3.*", layers_to_transform=(1, 2),
         rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 8}, modules_to_save=("lm_head",), lora_dropout=0.5, use_rslora=True,
