@@ -513,6 +513,15 @@ def _d_x(dy: Tensor | None, weight: Tensor | None, ds: Tensor, a: Tensor, dropou
 # ---- autograd
 
 
+def _tensor(weight: Weight) -> Tensor | None:
+    """What autograd saves of a weight, and checks that nobody has written to."""
+    return None if isinstance(weight, Compact) else weight
+
+
+def _compact(weight: Weight) -> Compact | None:
+    return weight if isinstance(weight, Compact) else None
+
+
 class _Linear(torch.autograd.Function):
     """lora_linear: keeps x, W, S and the adapters."""
 
@@ -523,20 +532,20 @@ class _Linear(torch.autograd.Function):
         a, b = ab[: len(spans)], ab[len(spans) :]
         s = _down(x, _stacked(a), dropout)
         need_a, need_b = ctx.needs_input_grad[5 : 5 + len(a)], ctx.needs_input_grad[5 + len(a) :]
-        ctx.save_for_backward(x if any(need_a) else None, s if any(need_b) else None, *ab)
-        ctx.weight, ctx.dropout, ctx.spans = weight, dropout, spans
+        ctx.save_for_backward(x if any(need_a) else None, _tensor(weight), s if any(need_b) else None, *ab)
+        ctx.compact, ctx.dropout, ctx.spans = _compact(weight), dropout, spans
         return _up(x, dense(weight), bias, s, b, spans)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, *ab = ctx.saved_tensors
+        x, plain, s, *ab = ctx.saved_tensors
         n = len(ctx.spans)
         need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[5 : 5 + n], ctx.needs_input_grad[5 + n :]
         db = _grads_of_b(dy, s, ctx.spans, need_b)
         if not (need_x or any(need_a)):
             return (*(None for _ in range(5 + n)), *db)
-        ds, weight = _d_down(dy, ab[n:], ctx.spans), dense(ctx.weight) if need_x else None
+        ds, weight = _d_down(dy, ab[n:], ctx.spans), dense(ctx.compact if plain is None else plain) if need_x else None
         dx, *da = _grads_of_down(x, dy, weight, ds, ab[:n], ctx.dropout, ctx.spans, need_x, need_a)
         return dx, None, None, None, None, *da, *db
 
@@ -564,16 +573,16 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor, spans: tuple[_Span, ...], *b: Tensor) -> Tensor:
-        ctx.save_for_backward(s if any(ctx.needs_input_grad[5:]) else None, *b)
-        ctx.weight, ctx.spans = weight, spans
+        ctx.save_for_backward(_tensor(weight), s if any(ctx.needs_input_grad[5:]) else None, *b)
+        ctx.compact, ctx.spans = _compact(weight), spans
         return _up(x, dense(weight), bias, s, b, spans)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        s, *b = ctx.saved_tensors
+        plain, s, *b = ctx.saved_tensors
         need_x, _, _, need_s, _, *need_b = ctx.needs_input_grad
-        dx = dy @ dense(ctx.weight) if need_x else None
+        dx = dy @ dense(ctx.compact if plain is None else plain) if need_x else None
         ds = _d_down(dy, b, ctx.spans) if need_s else None
         return dx, None, None, ds, None, *_grads_of_b(dy, s, ctx.spans, need_b)
 
