@@ -262,7 +262,8 @@ def newest(directory: str | Path, grid: Grid) -> tuple[Path | None, list[str]]:
         else:
             return root / name, passed
     if passed:
-        raise MegamodError(f"{root}: no checkpoint is whole: {listed(passed, 2)}; to begin again, checkpoint.resume=no")
+        instead = "use checkpoint.resume=<path of another>, or checkpoint.resume=no to begin again"
+        raise MegamodError(f"{root}: no checkpoint is whole: {listed(passed, 2)}; {instead}")
     return None, passed
 
 
