@@ -44,7 +44,7 @@ from megamod.reference import Reference, adapter_beside, model_at_start
 from megamod.saver import Saver
 from megamod.step import train_step
 from megamod.watch import Stop, Stragglers, Watchdog
-from megamod.weights import fingerprint, peft
+from megamod.weights import fingerprint, peft, pissa
 from megamod.weights.bitsandbytes import quantised, quantization_at
 from megamod.weights.export import check as check_export
 from megamod.weights.export import export, refuse_taken
@@ -123,7 +123,10 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
             together(partial(peft.check_fingerprint, compared, known, "the reference"))
         about |= {"quantization": config.as_json(shape.quantization)}
         about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
-        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"], compared)
+        initial = directory / about["initial"]
+        if newest is not None:
+            together(partial(pissa.bring, newest.resolve().parents[1] / initial.name, initial), acts=grid.rank == 0)
+        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, initial, compared)
         items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)

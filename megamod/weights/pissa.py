@@ -60,6 +60,15 @@ def begin(directory: Path, base: Source, cfg: LoraConfig, shape: Shape, grid: Gr
     return found
 
 
+def bring(beginning: Path, directory: Path) -> None:
+    """Let a run that goes on from another run's checkpoint have its beginning, too: made again, it might have other bits."""
+    if beginning.is_dir() and not directory.exists():
+        draft = directory.with_name(f".{directory.name}.tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(beginning, draft)
+        os.rename(draft, directory)
+
+
 def dealt(cfg: LoraConfig, shape: Shape, grid: Grid) -> list[Slot]:
     """This rank's share of the linears: of each size as many as the others have."""
     return sorted(slots(cfg, shape).values(), key=lambda slot: -slot.shape[0] * slot.shape[1])[grid.rank :: grid.world]
