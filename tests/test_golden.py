@@ -4,7 +4,7 @@
     python tests/test_golden.py --compare    how far this machine's are from them; with --threads N, with ATEN_CPU_CAPABILITY=default
 
 Numbers are kept as `float.hex` writes them. On another machine (processor, instruction set, version of torch or megatron-core, threads)
-sums are taken in another order, and they must be near: TOLERANCE, ten times the most that was measured (LOG.md).
+sums are taken in another order, and they must be near: TOLERANCE, ten times and more of what was measured (LOG.md).
 """
 
 import argparse

@@ -18,7 +18,8 @@ from megamod.files import sync
 from megamod.foreign import is_inside
 
 SUMS = "SHA256SUMS"
-READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what decides how a model computes; a README may come later
+# Ends of the names of what decides how a model computes; a README may come later.
+READ = (".safetensors", ".json", ".jinja", ".model", "merges.txt", "vocab.txt")
 LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\n\r\0]+)")  # a digest, two characters of the mode, a bare name
 LARGEST = 1 << 24  # bytes of a list
 BLOCK = 1 << 20
