@@ -8,9 +8,8 @@ from typing import IO, Any
 
 from megamod.errors import MegamodError
 
-LIMIT = (
-    1 << 28
-)  # bytes of a JSON file, or of a line; the largest JSON file that is known, a vocabulary of 256,000 with its merges, has 33 MB
+# Bytes of a JSON file, or of a line; the largest JSON file that is known, a vocabulary of 256,000 with its merges, has 33 MB.
+LIMIT = 1 << 28
 
 
 def read_json(file: Path, limit: int = LIMIT) -> Any:

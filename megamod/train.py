@@ -23,7 +23,7 @@ from megamod import checkpoint, config, files, optim
 from megamod.batch import Batch
 from megamod.command import command
 from megamod.config import RunConfig, loss_name
-from megamod.data import chat
+from megamod.data import chat, saved_batch
 from megamod.data.documents import Documents
 from megamod.data.loader import Loader
 from megamod.data.store import open_documents, prepare_all
@@ -265,8 +265,16 @@ def _refuse(
     """End a run whose steps change nothing any more. Raises MegamodError, on every rank the same."""
     losses = [loss for loss in gathered(float(metrics["loss"]) if metrics else None) if loss is not None]
     what = f"its value is {losses[0]}" if not math.isfinite(losses[0]) else f"the norm of its gradients is {update.grad_norm}"
+    folder = directory / "skipped"
+
+    def keep() -> None:
+        folder.mkdir(exist_ok=True)
+        saved_batch.save(folder / f"step-{step:08d}-dp-{grid.dp.rank:04d}.safetensors", batches)
+
+    together(keep, acts=grid.is_last_stage and grid.tp.rank == grid.cp.rank == 0)
     raise MegamodError(
-        f"loss {loss_name(cfg.loss)}, step {step}: {what}, and {cfg.optim.max_skips} steps in a row were skipped: finite ones were expected"
+        f"loss {loss_name(cfg.loss)}, step {step}: {what}, and {cfg.optim.max_skips} steps in a row were skipped: finite ones were "
+        f"expected; its micro-batches are in {folder}: see tools/show_batch.py --saved"
     )
 
 

@@ -27,11 +27,13 @@ from safetensors.torch import load_file
 from megamod import checkpoint, files, losses
 from megamod.batch import Batch
 from megamod.config import CheckpointConfig, load
+from megamod.data import saved_batch
+from megamod.data.loader import peek
 from megamod.errors import MegamodError
 from megamod.losses import Loss
 from megamod.model.head import Head
 from megamod.saver import staying
-from megamod.train import train
+from megamod.train import model_shape, train
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 SMALL = [
@@ -307,6 +309,12 @@ def test_too_many_of_them_end_the_run(folder: Path, found: dict[str, Any]) -> No
     error = found["nan"].error
     assert "step 4: its value is nan, and 3 steps in a row were skipped" in error
     assert found["nan"].listed == ["step-00000002"], "the state before them"
+    assert f"its micro-batches are in {folder}/nan/skipped: see tools/show_batch.py --saved" in error
+    kept = sorted((folder / "nan" / "skipped").iterdir())
+    assert [file.name for file in kept] == [f"step-00000004-dp-000{rank}.safetensors" for rank in (0, 1)]
+    cfg = load(TINY, [*SMALL, f"dir={folder / 'nan'}"])
+    tokens = [[batch.tokens.tolist() for batch in batches] for batches in (peek(cfg, model_shape(cfg), 4), *map(saved_batch.load, kept))]
+    assert sorted(tokens[0]) == sorted(tokens[1] + tokens[2])
 
 
 # ---- where a run begins
