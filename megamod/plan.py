@@ -11,8 +11,9 @@ Letters: T tokens of a micro-batch, t = T/cp those of a rank, s = t/tp under seq
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
@@ -24,8 +25,8 @@ from megamod.model.lora import LINEARS
 from megamod.model.shape import Shape
 from megamod.parallel.grid import check, check_rows, kv_repeats, ulysses_degree
 from megamod.reference import is_copy
-from megamod.weights.peft import Slot, slots
 from megamod.weights.peft import saved as copied
+from megamod.weights.peft import slots
 from megamod.weights.quantization import Quantization
 from megamod.weights.table import Piece, Row, padded_vocab, pieces, share, table
 from megamod_kernels import nf4
@@ -78,6 +79,43 @@ def hardware_of(name: str) -> Hardware:
 # ---- what a rank holds
 
 
+class Adapter:
+    """What a run trains beside a frozen base; compared by identity, and one for each configuration of it.
+
+    Attributes:
+        slots: of each adapted module.
+        dora: whether an output has a magnitude.
+        low: how many low-rank products an adapted linear adds: with PiSSA two.
+        whole: names of the base's tensors of which it has copies.
+    """
+
+    def __init__(self, cfg: LoraConfig, shape: Shape) -> None:
+        self.slots, self.dora, self.whole = slots(cfg, shape), cfg.use_dora, frozenset(copied(cfg, shape).values())
+        self.low = 2 if cfg.init_lora_weights == "pissa" else 1
+        parts = {row.ours: row.parts for row in table(shape)}
+        names = [[part.hf.removesuffix(".weight") for part in parts[f"decoder.layers.{{}}.{place}.weight"]] for place in LINEARS]
+
+        def ranks(layer: int) -> tuple[int, ...]:
+            found = ([self.slots.get(name.format(layer)) for name in of_place] for of_place in names)
+            return tuple(self.low * sum(slot.r for slot in several if slot is not None) for several in found)
+
+        self.low_rank = self.low * sum(slot.r * sum(slot.shape) for slot in self.slots.values())  # weights, over all linears
+        self.ranks = [ranks(layer) for layer in range(shape.layers)]  # of each of LINEARS, all that is fused in it together
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is planned: a decoder, and what is trained beside it."""
+
+    shape: Shape
+    adapter: Adapter | None  # None: every weight is trained
+
+    @classmethod
+    def of(cls, cfg: RunConfig, shape: Shape) -> "Model":
+        """Raises MegamodError: see `peft.slots`."""
+        return cls(shape, None if cfg.lora is None else Adapter(cfg.lora, shape))
+
+
 class Parameter(NamedTuple):
     """A parameter of a rank."""
 
@@ -122,16 +160,16 @@ OF_A_LAYER = (
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", ("output_layer.weight", "output_layer.bias")
 
 
-def held(cfg: RunConfig, shape: Shape, world: int, *, tp: int = 0, pp: int = 0, dp_cp: int = 0) -> Held:
+def held(cfg: RunConfig, model: Model, world: int, *, tp: int = 0, pp: int = 0, dp_cp: int = 0) -> Held:
     """Of the rank at these places, exactly what a dry run of it finds on meta tensors.
 
     Raises:
         MegamodError: the grid does not fit the model or the number of ranks.
     """
     p = cfg.parallel
-    split, sharing = check(p, shape, world), world // (p.tp * p.pp)
+    split, sharing = check(p, model.shape, world), world // (p.tp * p.pp)
     itemsize = DTYPES[cfg.model.dtype].itemsize
-    chunks = [_chunk(cfg.lora, shape, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
+    chunks = [_chunk(model, itemsize, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
     bucket = max(40_000_000, 1_000_000 * sharing) if cfg.optim.overlap_grad_reduce and pp == 0 else None  # megatron-core's default
     trained = buffered = owned = 0
     for number, chunk in enumerate(chunks):
@@ -144,7 +182,7 @@ def held(cfg: RunConfig, shape: Shape, world: int, *, tp: int = 0, pp: int = 0, 
     weights = numbers * itemsize + sum(size for size, _ in four)
     dense = max((count * itemsize for _, count in four), default=0)
     if is_copy(cfg):
-        plain = [_chunk(None, shape, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
+        plain = [_chunk(Model(model.shape, None), itemsize, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
         weights += sum(x.numel for c in plain for x in c.parameters) * itemsize + sum(size for size, _ in four)
         dense *= 2
     work = max(4, itemsize)
@@ -159,59 +197,21 @@ def held(cfg: RunConfig, shape: Shape, world: int, *, tp: int = 0, pp: int = 0, 
     )
 
 
-class _Frozen(NamedTuple):
-    """LoraConfig's mappings cannot be a key: their items can."""
-
-    items: tuple[tuple[str, object], ...]
-
-    @classmethod
-    def of(cls, lora: LoraConfig | None) -> "_Frozen | None":
-        if lora is None:
-            return None
-        values = {field.name: getattr(lora, field.name) for field in fields(lora)}
-        return cls(tuple((name, tuple(value.items()) if isinstance(value, Mapping) else value) for name, value in values.items()))
-
-    @property
-    def config(self) -> LoraConfig:
-        values = dict(self.items)
-        patterns = {name: dict(values[name]) for name in ("rank_pattern", "alpha_pattern")}  # type: ignore[call-overload]
-        return LoraConfig(**{**values, **patterns})  # type: ignore[arg-type]
-
-
-def _slots(lora: LoraConfig | None, shape: Shape) -> Mapping[str, Slot]:
-    """What is adapted, by module."""
-    frozen = _Frozen.of(lora)
-    return {} if frozen is None else _kept_slots(frozen, shape)
-
-
 @cache
-def _kept_slots(lora: _Frozen, shape: Shape) -> Mapping[str, Slot]:
-    return slots(lora.config, shape)
-
-
-def _chunk(lora: LoraConfig | None, shape: Shape, tp: int, rank: int, split: Sequence[int], number: int) -> Chunk:
+def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ...], number: int) -> Chunk:
     """Stage `number` of `split` on tensor-parallel rank `rank` of `tp`."""
-    first, last = number == 0, number == len(split) - 1
-    layers = range(sum(split[:number]), sum(split[: number + 1]))
-    return _made_chunk(_Frozen.of(lora), shape, tp, rank, layers.start, layers.stop, first, last)
-
-
-@cache
-def _made_chunk(
-    lora: _Frozen | None, shape: Shape, tp: int, rank: int, start: int, stop: int, first: bool, last: bool
-) -> Chunk:  # fmt: skip
+    first, last, shape, adapter = number == 0, number == len(split) - 1, model.shape, model.adapter
     rows = {row.ours: row for row in table(shape)}
-    cfg = None if lora is None else lora.config
-    wanted, full = ({} if lora is None else _kept_slots(lora, shape)), lora is None
     found: list[Parameter] = []
     four: list[tuple[int, int]] = []
 
     def plain(row: Row, layer: int, alone: bool = False) -> Parameter:
-        return Parameter(_numel(row, tp, rank), full, _spans(row, pieces(row, tp, rank, layer)), alone)
+        return Parameter(_numel(row, tp, rank), adapter is None, _spans(row, pieces(row, tp, rank, layer)), alone)
 
     if first:
         found.append(plain(rows[EMBEDDING], 0, shape.tied and not last))
-    for layer in range(start, stop):
+    layers = range(sum(split[:number]), sum(split[: number + 1]))
+    for layer in layers:
         for place in OF_A_LAYER:
             row = rows.get(f"decoder.layers.{{}}.{place}")
             if row is None:
@@ -219,26 +219,24 @@ def _made_chunk(
             here = pieces(row, tp, rank, layer)
             q = shape.quantization if place.removesuffix(".weight") in LINEARS else None
             if q is not None and any(q.converts(piece.hf.removesuffix(".weight")) for piece in here):
-                four.append((sum(_bytes_in_4_bits(q, piece, shape) for piece in here), _numel(row, tp, rank)))
+                four.append((sum(_bytes_in_4_bits(q, piece, itemsize) for piece in here), _numel(row, tp, rank)))
             else:
                 found.append(plain(row, layer))
             for piece in here if place.endswith(".weight") else ():
-                slot = wanted.get(piece.hf.removesuffix(".weight"))
-                if slot is not None:
-                    sizes = [slot.r * piece.size[1], piece.size[0] * slot.r]
-                    sizes += [piece.size[0]] if cfg is not None and cfg.use_dora else []
+                slot = adapter.slots.get(piece.hf.removesuffix(".weight")) if adapter is not None else None
+                if adapter is not None and slot is not None:
+                    sizes = [slot.r * piece.size[1], piece.size[0] * slot.r] + [piece.size[0]] * adapter.dora
                     found += [Parameter(size, True, ((0, size),)) for size in sizes]
     if last:
         found.append(plain(rows["decoder.final_layernorm.weight"], 0))
         if shape.tied and shape.score is None and not first:
             found.append(plain(rows[EMBEDDING], 0, True))
         found += [plain(rows[name], 0) for name in HEAD if name in rows]
-    if cfg is not None:
-        origins = set(copied(cfg, shape).values())
+    if adapter is not None:
         tied = shape.tied and not (first and last)
         names = [EMBEDDING] * first + [EMBEDDING] * (shape.tied and last and not first) + [n for n in HEAD if last and n in rows]
-        found += [plain(rows[n], 0, tied)._replace(trained=True) for n in names if rows[n].parts[0].hf in origins]
-    return Chunk(stop - start, tuple(found), tuple(four))
+        found += [plain(rows[n], 0, tied)._replace(trained=True) for n in names if rows[n].parts[0].hf in adapter.whole]
+    return Chunk(len(layers), tuple(found), tuple(four))
 
 
 def _numel(row: Row, tp: int, rank: int) -> int:
@@ -260,10 +258,10 @@ def _spans(row: Row, here: Sequence[Piece]) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
-def _bytes_in_4_bits(q: Quantization, piece: Piece, shape: Shape) -> int:
-    """Of a tensor's share as model.nf4 keeps it; where it is not converted, in the model's dtype's two bytes."""
+def _bytes_in_4_bits(q: Quantization, piece: Piece, itemsize: int) -> int:
+    """Of a tensor's share as model.nf4 keeps it; where it is not converted, it has `itemsize` bytes a number."""
     if not q.converts(piece.hf.removesuffix(".weight")):
-        return piece.numel * 2
+        return piece.numel * itemsize
     (rows, columns), (row, column), (height, width) = piece.shape, piece.offset, piece.size
     lines = Lines.of((rows, columns), (row, column), (height, width))
     blocks, touched = -(-lines.total // q.blocksize), lines.count * lines.touched(q.blocksize)
@@ -293,14 +291,11 @@ def _buffer(trained: Sequence[Parameter], ranks: int, rank: int, bucket: int | N
     if pending:
         buckets.append((begin, at := -(-at // unit) * unit))
     shares = [(low + rank * (high - low) // ranks, low + (rank + 1) * (high - low) // ranks) for low, high in buckets]
-    mine = sum(max(0, min(high, b) - max(low, a)) for low, high in owned for a, b in shares) if len(shares) < 3 else 0
-    if len(shares) >= 3:  # many buckets, each with few parameters: both are in order
-        spot = 0
-        for low, high in owned:
-            while spot < len(buckets) and buckets[spot][1] <= low:
-                spot += 1
-            a, b = shares[spot]
-            mine += max(0, min(high, b) - max(low, a))
+    mine = spot = 0
+    for low, high in owned:  # both are in order, and a parameter lies in one bucket
+        while buckets[spot][1] <= low:
+            spot += 1
+        mine += max(0, min(high, shares[spot][1]) - max(low, shares[spot][0]))
     return at, mine
 
 
@@ -324,7 +319,7 @@ class Tokens(NamedTuple):
         return cls(whole, whole // p.cp, whole // p.cp // (p.tp if p.sp else 1), u, p.cp // u)
 
 
-def saved(cfg: RunConfig, shape: Shape, layers: Iterable[int], *, first: bool, last: bool, fused: bool = True) -> int:
+def saved(cfg: RunConfig, model: Model, layers: Iterable[int], *, first: bool, last: bool, fused: bool = True) -> int:
     """Bytes that the decoder saves of one micro-batch for the backward pass of these layers.
 
     Args:
@@ -333,8 +328,10 @@ def saved(cfg: RunConfig, shape: Shape, layers: Iterable[int], *, first: bool, l
         fused: as on a GPU. False: as the references on a CPU in float32, whose norm keeps what it has normalised, and whose attention
             makes an output for each document and then one of all.
     """
+    shape = model.shape
     n, e = Tokens.of(cfg, shape), DTYPES[cfg.model.dtype].itemsize
-    total = sum(_layer(cfg, shape, layer, fused) for layer in layers)
+    alike = Counter(None if model.adapter is None else model.adapter.ranks[layer] for layer in layers)
+    total = sum(count * _layer(cfg, model, ranks, fused) for ranks, count in alike.items())
     if first and cfg.lora is None:
         total += 8 * n.rank
     if last:
@@ -361,28 +358,23 @@ def _norm(cfg: RunConfig, tokens: int, width: int, heads: int, fused: bool) -> i
     return tokens * heads * max(4, e) + (0 if fused or cfg.lora is not None else tokens * width * e)
 
 
-def _layer(cfg: RunConfig, shape: Shape, layer: int, fused: bool) -> int:
-    """Bytes that a decoder layer saves of a micro-batch."""
+def _layer(cfg: RunConfig, model: Model, ranks: Sequence[int] | None, fused: bool) -> int:
+    """Bytes that a decoder layer with these ranks beside its linears saves of a micro-batch; None: its weights are trained."""
+    shape, adapter = model.shape, model.adapter
     n, p, e = Tokens.of(cfg, shape), cfg.parallel, DTYPES[cfg.model.dtype].itemsize
     hidden = n.split * shape.hidden * e
     if cfg.model.recompute == "full":
         return hidden
     heads, kv_heads, d = shape.heads // p.tp, max(1, shape.kv_heads // p.tp), shape.head_dim
     q, kv, ffn = heads * d * n.rank * e, kv_heads * d * n.rank * e, shape.ffn // p.tp * n.rank * e
-    wanted = _slots(cfg.lora, shape)
-    outputs = {LINEARS[0]: q + 2 * kv, LINEARS[1]: n.rank * shape.hidden * e, LINEARS[2]: 2 * ffn, LINEARS[3]: n.rank * shape.hidden * e}
-    rows = {row.ours: row for row in table(shape)}
+    outputs = q + 2 * kv, n.rank * shape.hidden * e, 2 * ffn, n.rank * shape.hidden * e
 
-    def beside(place: str) -> tuple[bool, int]:
+    def beside(r: int, output: int) -> tuple[bool, int]:
         """Whether a linear's input is kept, and what is beside it: S of R numbers a token, DoRA's output before it is scaled."""
-        if cfg.lora is None:
-            return True, 0
-        parts = rows[f"decoder.layers.{{}}.{place}.weight"].parts
-        r = sum(wanted[m].r for part in parts if (m := part.hf.format(layer).removesuffix(".weight")) in wanted)
-        r *= 2 if cfg.lora.init_lora_weights == "pissa" else 1
-        return r > 0, n.rank * r * e + (outputs[place] if cfg.lora.use_dora and r else 0)
+        return r > 0, n.rank * r * e + (output if r and adapter is not None and adapter.dora else 0)
 
-    (qkv, low_qkv), (proj, low_proj), (fc1, low_fc1), (fc2, low_fc2) = map(beside, LINEARS)
+    of_linears = [(True, 0)] * len(LINEARS) if ranks is None else [beside(*pair) for pair in zip(ranks, outputs, strict=True)]
+    (qkv, low_qkv), (proj, low_proj), (fc1, low_fc1), (fc2, low_fc2) = of_linears
     total = hidden + _norm(cfg, n.split, shape.hidden, 1, fused) + hidden * qkv + low_qkv
     if shape.qk_norm:
         total += q + 2 * kv + _norm(cfg, n.rank, heads * d, heads, fused) + _norm(cfg, n.rank, kv_heads * d, kv_heads, fused)
@@ -412,12 +404,13 @@ def head_bytes(cfg: RunConfig, shape: Shape, labelled: float) -> int:
     return min(KEPT_BYTES, logits * e) + 2 * min(CHUNK_BYTES, logits * max(4, e)) + hidden + weight
 
 
-def working_bytes(cfg: RunConfig, shape: Shape) -> int:
+def working_bytes(cfg: RunConfig, model: Model) -> int:
     """Beyond what is saved, what one layer's backward pass needs at its worst: an estimate."""
+    shape, ranks = model.shape, None if model.adapter is None else max(model.adapter.ranks, key=sum)
     n, p, e = Tokens.of(cfg, shape), cfg.parallel, DTYPES[cfg.model.dtype].itemsize
     again = 0
     if cfg.model.recompute != "none":
-        again = _layer(_without_recompute(cfg), shape, 0, True) - _layer(cfg, shape, 0, True)
+        again = _layer(_without_recompute(cfg), model, ranks, True) - _layer(cfg, model, ranks, True)
     gradients = (4 * shape.ffn // p.tp * n.rank + 3 * n.rank * shape.hidden) * e
     largest = 2 * shape.ffn // p.tp * shape.hidden * e if cfg.lora is None else 0  # a weight's gradient before it is added
     gathered = 2 * n.rank * shape.hidden * e if p.sp else 0
@@ -460,13 +453,12 @@ def work(cfg: RunConfig, shape: Shape, document: float, labelled: float) -> Work
     return Work(linears, per_square * n * tokens, mlp, shape.flops([], 1) * labelled * tokens)
 
 
-def train_flops(cfg: RunConfig, shape: Shape, w: Work) -> float:
+def train_flops(cfg: RunConfig, model: Model, w: Work) -> float:
     """Operations of a training step for a forward pass of `w`: what is recomputed is done once more; what is frozen has no gradient."""
-    full = cfg.lora is None
-    adapters = 0.0
-    if not full:
+    full, adapters = model.adapter is None, 0.0
+    if model.adapter is not None:
         tokens = cfg.data.row_length * cfg.data.rows_per_micro_batch
-        adapters = 6.0 * tokens * sum(slot.r * sum(slot.shape) for slot in _slots(cfg.lora, shape).values())
+        adapters = 6.0 * tokens * model.adapter.low_rank
     total = (3 if full else 2) * (w.linears + w.head) + 3 * w.attention + adapters
     if cfg.model.recompute == "full":
         return total + w.linears + w.attention
@@ -542,35 +534,33 @@ def documents_of(cfg: RunConfig) -> Documents:
     return Documents(float(d.mean_length), d.labelled) if isinstance(d, SyntheticData) else Documents()
 
 
-def plan(cfg: RunConfig, shape: Shape, world: int, hardware: Hardware, documents: Documents) -> Planned:
+def plan(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> Planned:
     """What `cfg` comes to on `world` GPUs.
 
     Raises:
         MegamodError: the grid does not fit the model, the batch or the number of GPUs; the nearest that does is said.
     """
-    p = cfg.parallel
+    p, shape = cfg.parallel, model.shape
     split = check(p, shape, world)
     micro_batches = check_rows(cfg, shape, world)
     ranks = p.tp * p.pp * p.cp
     worst: tuple[int, int, Held, int, int, int] | None = None
     for pp in range(p.pp):
-        h = held(cfg, shape, world, pp=pp)
+        h = held(cfg, model, world, pp=pp)
         numbers = range(pp, len(split), p.pp)
-        each = [
-            saved(cfg, shape, range(sum(split[:i]), sum(split[: i + 1])), first=i == 0, last=i == len(split) - 1) for i in numbers
-        ]
+        each = [saved(cfg, model, range(sum(split[:i]), sum(split[: i + 1])), first=i == 0, last=i == len(split) - 1) for i in numbers]
         count = in_flight(cfg, pp, micro_batches)
         full, rest = divmod(count, len(each))
         kept = full * sum(each) + sum(sorted(each, reverse=True)[:rest])
         head = head_bytes(cfg, shape, documents.labelled) if len(split) - 1 in numbers else 0
-        working = working_bytes(cfg, shape)
+        working = working_bytes(cfg, model)
         total = h.bytes + kept + max(head, working)
         if worst is None or total > worst[0]:
             worst = total, pp, h, kept, count, head
     assert worst is not None, "a pipeline has a rank"
     _, stage, h, kept, count, head = worst
     w = work(cfg, shape, documents.length, documents.labelled)
-    trained = train_flops(cfg, shape, w)
+    trained = train_flops(cfg, model, w)
     tokens = cfg.data.row_length * cfg.data.rows_per_micro_batch
     # The slowest stage sets the pace; the head is the last one's.
     shares = [sum(split[i] for i in range(pp, len(split), p.pp)) / shape.layers for pp in range(p.pp)]
@@ -593,18 +583,18 @@ def plan(cfg: RunConfig, shape: Shape, world: int, hardware: Hardware, documents
     useful = (ideal * (w.linears + w.head) + 3 * w.attention) / tokens * rate / world / hardware.flops
     parts = {"compute": compute, "bubble": bubble, "tp": tp, "pp": pp_seconds, "cp": cp, "dp": dp, "memory": memory, "useful": useful}
     assert ranks <= world, "parallel.grid.check"
-    return Planned(cfg, world, stage, h, kept, count, working_bytes(cfg, shape), head, trained / tokens, sent, seconds, parts, rate)
+    return Planned(cfg, world, stage, h, kept, count, working_bytes(cfg, model), head, trained / tokens, sent, seconds, parts, rate)
 
 
-def longest_row(cfg: RunConfig, shape: Shape, world: int, hardware: Hardware, documents: Documents) -> int | None:
+def longest_row(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> int | None:
     """Tokens of the longest row that fits, a multiple of what shares a row; None: none does."""
     p = cfg.parallel
     unit = math.lcm(p.cp * (p.tp if p.sp else 1), 64)
-    bound = shape.longest_document
+    bound = model.shape.longest_document
 
     def fits(units: int) -> bool:
         longer = replace(cfg, data=replace(cfg.data, row_length=units * unit))
-        return plan(longer, shape, world, hardware, documents).bytes <= hardware.usable
+        return plan(longer, model, world, hardware, documents).bytes <= hardware.usable
 
     most = (bound or 2**22) // unit
     if most < 1 or not fits(1):
@@ -638,7 +628,7 @@ class Lost(NamedTuple):
     reason: str
 
 
-def fit(cfg: RunConfig, shape: Shape, world: int, hardware: Hardware, documents: Documents) -> tuple[list[Planned], list[Lost]]:
+def fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> tuple[list[Planned], list[Lost]]:
     """All grids, micro-batches and ways to recompute of this run's model, rows and losses on `world` GPUs.
 
     Returns:
@@ -652,7 +642,7 @@ def fit(cfg: RunConfig, shape: Shape, world: int, hardware: Hardware, documents:
         refusal = ""
         for candidate in _of_kind(cfg, kind, world):
             try:
-                one = plan(candidate, shape, world, hardware, documents)
+                one = plan(candidate, model, world, hardware, documents)
             except MegamodError as error:
                 refusal = refusal or str(error)
                 continue
@@ -724,7 +714,7 @@ def _costliest(one: Planned, best: Planned) -> str:
     return f"{names.get(key, f'sending over {key}')} takes {one.parts[key] / one.seconds:.0%} of a step"
 
 
-def nearest_fit(cfg: RunConfig, shape: Shape, world: int, hardware: Hardware, documents: Documents) -> str | None:
+def nearest_fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> str | None:
     """What to change in a configuration that does not fit, as overrides: the fewest changes, of these the fastest; None: nothing helps."""
     best: tuple[int, float, str] | None = None
     for kind in (Kind(tp, pp) for tp in _divisors(world) for pp in _divisors(world // tp)):
@@ -733,7 +723,7 @@ def nearest_fit(cfg: RunConfig, shape: Shape, world: int, hardware: Hardware, do
             if best is not None and len(words) > best[0]:
                 continue
             try:
-                one = plan(candidate, shape, world, hardware, documents)
+                one = plan(candidate, model, world, hardware, documents)
             except MegamodError:
                 continue
             if one.bytes <= hardware.usable:
