@@ -8,7 +8,7 @@ Each figure is predicted (by a formula that the tests hold against measurement),
 and save what one micro-batch's forward pass saves; without a pipeline), or never measured (it wants GPUs that nobody had).
 
 --fit tries grids, micro-batches and ways to recompute for the run's model, rows and loss, prints the best, and why each other kind lost.
-Nothing here is offloaded to the host, so no plan is either. A configuration that does not fit is an error, which says the nearest that does.
+Nothing here is offloaded to the host, so no plan is either. What does not fit is an error, which says the nearest that does.
 """
 
 import argparse
