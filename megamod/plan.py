@@ -509,15 +509,11 @@ class Planned:
     seconds: float  # of a step
     parts: Mapping[str, float]  # of these seconds: compute, bubble, tp, pp, cp, dp, memory
     tokens_per_second: float
+    mfu: float  # operations that the model needs, without what is computed again, of what the GPUs could do
 
     @property
     def bytes(self) -> int:
         return self.held.bytes + self.activations + max(self.working, self.head)
-
-    @property
-    def mfu(self) -> float:
-        """Operations that the model needs, without what is computed again, of what the GPUs could do; set by `plan`."""
-        return self.parts["useful"]
 
 
 @dataclass(frozen=True)
@@ -543,7 +539,6 @@ def plan(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents
     p, shape = cfg.parallel, model.shape
     split = check(p, shape, world)
     micro_batches = check_rows(cfg, shape, world)
-    ranks = p.tp * p.pp * p.cp
     worst: tuple[int, int, Held, int, int, int] | None = None
     for pp in range(p.pp):
         h = held(cfg, model, world, pp=pp)
@@ -580,10 +575,9 @@ def plan(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents
     seconds = compute + bubble + tp + cp + pp_seconds + dp + memory
     rate = cfg.data.rows_per_step * cfg.data.row_length / seconds
     ideal = 3 if cfg.lora is None else 2
-    useful = (ideal * (w.linears + w.head) + 3 * w.attention) / tokens * rate / world / hardware.flops
-    parts = {"compute": compute, "bubble": bubble, "tp": tp, "pp": pp_seconds, "cp": cp, "dp": dp, "memory": memory, "useful": useful}
-    assert ranks <= world, "parallel.grid.check"
-    return Planned(cfg, world, stage, h, kept, count, working_bytes(cfg, model), head, trained / tokens, sent, seconds, parts, rate)
+    mfu = (ideal * (w.linears + w.head) + 3 * w.attention) / tokens * rate / world / hardware.flops
+    parts = {"compute": compute, "bubble": bubble, "tp": tp, "pp": pp_seconds, "cp": cp, "dp": dp, "memory": memory}
+    return Planned(cfg, world, stage, h, kept, count, working_bytes(cfg, model), head, trained / tokens, sent, seconds, parts, rate, mfu)
 
 
 def longest_row(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> int | None:
@@ -709,7 +703,7 @@ def _largest(one: Planned) -> str:
 def _costliest(one: Planned, best: Planned) -> str:
     """What costs a plan most time beyond the best one's."""
     names = {"compute": "more to compute", "bubble": "the pipeline's bubble", "memory": "memory traffic"}
-    worse = {key: one.parts[key] - best.parts[key] for key in one.parts if key != "useful"}
+    worse = {key: one.parts[key] - best.parts[key] for key in one.parts}
     key = max(worse, key=lambda name: worse[name])
     return f"{names.get(key, f'sending over {key}')} takes {one.parts[key] / one.seconds:.0%} of a step"
 

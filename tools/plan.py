@@ -18,9 +18,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from megamod import config, plan
 from megamod.command import command
@@ -59,17 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = config.load(args.config, args.overrides)
     shape = model_shape(cfg)
     model, documents = Model.of(cfg, shape), documents_of(args, cfg)
-    console = Console(highlight=False, soft_wrap=True)
     if args.measure:
         if args.fit:
             raise MegamodError("--measure --fit: one of the two was expected")
-        return measured(cfg, model, console)
+        return measured(cfg, model)
     world, hardware = hardware_of(args, cfg)
     if args.fit:
-        return searched(cfg, model, world, hardware, documents, console)
+        return searched(cfg, model, world, hardware, documents)
     found = plan.plan(cfg, model, world, hardware, documents)
-    console.print(f"{world} × {hardware.name} · {plan.said(cfg)} · {cfg.data.rows_per_step} rows of {cfg.data.row_length:,} tokens a step")
-    console.print(table(found, plan.longest_row(cfg, model, world, hardware, documents), hardware))
+    print(f"{world} × {hardware.name} · {plan.said(cfg)} · {cfg.data.rows_per_step} rows of {cfg.data.row_length:,} tokens a step")
+    show(found, plan.longest_row(cfg, model, world, hardware, documents), hardware)
     if found.bytes <= hardware.usable:
         return 0
     near = plan.nearest_fit(cfg, model, world, hardware, documents)
@@ -112,12 +108,11 @@ def documents_of(args: argparse.Namespace, cfg: RunConfig) -> Documents:
     return Documents(length, labelled)
 
 
-def table(found: Planned, longest: int | None, hardware: Hardware) -> Table:
-    """Every figure of a plan, and what it rests on."""
-    rows = Table("", "", "", "", box=SIMPLE, show_header=False, pad_edge=False)
+def show(found: Planned, longest: int | None, hardware: Hardware) -> None:
+    """Print every figure of a plan, and what it rests on."""
 
     def row(name: str, value: str, status: Status, note: str = "") -> None:
-        rows.add_row(name, value, status, note)
+        print(f"{name:<34}{value:>18}  {status:<14}  {note}")
 
     def size(n: float) -> str:
         return f"{n / GIB:,.2f} GiB"
@@ -128,7 +123,8 @@ def table(found: Planned, longest: int | None, hardware: Hardware) -> Table:
     row("masters and moments", size(h.master_bytes + h.moment_bytes), "predicted", "this rank's share of dp × cp")
     row("activations", size(found.activations), "predicted", f"of {found.in_flight} micro-batches' chunks in flight")
     row("a layer's backward pass", size(found.working), "never measured", "beyond what is saved; counts where the head's is less")
-    row("the head", size(found.head), "never measured", "logits as they are used")
+    if found.head:
+        row("the head", size(found.head), "never measured", "logits as they are used")
     row("together", size(found.bytes), "never measured", f"of {size(hardware.usable)} that a {hardware.name} has for it")
     row("longest row", "none fits" if longest is None else f"{longest:,} tokens", "never measured", "of this grid")
     row("operations a token", f"{found.flops_per_token / 1e9:,.1f} GFLOP", "predicted", "of a training step, what is recomputed too")
@@ -139,33 +135,32 @@ def table(found: Planned, longest: int | None, hardware: Hardware) -> Table:
     row("a step", f"{found.seconds:,.2f} s", "never measured", spent(found))
     note = f"{found.mfu:.0%} MFU, at {hardware.efficiency:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s while it computes"
     row("tokens/s", f"{found.tokens_per_second:,.0f}", "never measured", note)
-    return rows
 
 
 def spent(found: Planned) -> str:
     """`compute 71 % · bubble 9 %`"""
-    parts = {name: part / found.seconds for name, part in found.parts.items() if name != "useful"}
+    parts = {name: part / found.seconds for name, part in found.parts.items()}
     return " · ".join(f"{name} {part:.0%}" for name, part in sorted(parts.items(), key=lambda one: -one[1]) if part >= 0.005)
 
 
-def searched(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents, console: Console) -> int:
+def searched(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> int:
     """Print the best plans, and why the others lost."""
     found, lost = plan.fit(cfg, model, world, hardware, documents)
-    best = Table("", "GiB", "tokens/s", "MFU", "a step", box=SIMPLE, pad_edge=False)
-    for one in found[:BEST]:
-        best.add_row(plan.said(one.cfg), f"{one.bytes / GIB:.1f}", f"{one.tokens_per_second:,.0f}", f"{one.mfu:.0%}", spent(one))
-    console.print(f"{world} × {hardware.name} · {cfg.data.rows_per_step} rows of {cfg.data.row_length:,} tokens a step · never measured")
+    print(f"{world} × {hardware.name} · {cfg.data.rows_per_step} rows of {cfg.data.row_length:,} tokens a step · all of it never measured")
     if found:
-        console.print(best)
-        console.print("the first one: " + " ".join(plan.changes(cfg, found[0].cfg) or ["the configuration as it is"]))
-    for one in lost:
-        console.print(f"{one.kind}: {one.reason}")
+        print(f"{'':<72}{'GiB':>6}{'tokens/s':>11}{'MFU':>6}  a step")
+    for one in found[:BEST]:
+        print(f"{plan.said(one.cfg):<72}{one.bytes / GIB:>6.1f}{one.tokens_per_second:>11,.0f}{one.mfu:>6.0%}  {spent(one)}")
+    if found:
+        print("the first one: " + " ".join(plan.changes(cfg, found[0].cfg) or ["the configuration as it is"]))
+    for lesser in lost:
+        print(f"{lesser.kind}: {lesser.reason}")
     if not found:
         raise MegamodError(f"nothing fits into {world} × {hardware.name}: take more GPUs, shorter rows, recompute, or LoRA")
     return 0
 
 
-def measured(cfg: RunConfig, model: Model, console: Console) -> int:
+def measured(cfg: RunConfig, model: Model) -> int:
     """Print what each rank holds and saves, predicted beside measured."""
     if cfg.parallel.pp > 1:
         raise MegamodError(f"--measure: parallel.pp = {cfg.parallel.pp}: 1 was expected, a stage's input comes from the one before")
@@ -173,20 +168,15 @@ def measured(cfg: RunConfig, model: Model, console: Console) -> int:
         fused = grid.device.type == "cuda"
         if not fused and cfg.model.dtype == "bfloat16":
             raise MegamodError("--measure: on a CPU in bfloat16 norms keep copies in float32, as no GPU does: set model.dtype=float32")
-        world = dist.get_world_size()
-        held = plan.held(cfg, model, world, tp=grid.tp.rank)
+        held = plan.held(cfg, model, grid.world, tp=grid.tp.rank)
         predicted = plan.saved(cfg, model, range(model.shape.layers), first=True, last=True, fused=fused), held.parameters
-        found = saved_by_ranks(cfg, model.shape, grid)
-        ranks: list[tuple[int, int]] = [(0, 0)] * world
-        dist.all_gather_object(ranks, found)
-    rows = Table("rank", "", "predicted", "measured", "off", box=SIMPLE, pad_edge=False)
-    for rank, both in enumerate(ranks):
-        for name, expected, got in zip(("saved for the backward pass, bytes", "parameters"), predicted, both, strict=True):
-            rows.add_row(str(rank), name, f"{expected:,}", f"{got:,}", f"{expected / got - 1:+.1%}")
-    with console.capture() as captured:
-        console.print(rows)
-    if grid.rank == 0:
-        print(captured.get(), end="")
+        ranks: list[tuple[int, int]] = [(0, 0)] * grid.world
+        dist.all_gather_object(ranks, saved_by_ranks(cfg, model.shape, grid))
+        if grid.rank == 0:
+            print(f"{'rank':>4}  {'':<34}{'predicted':>16}{'measured':>16}{'off':>8}")
+            for rank, both in enumerate(ranks):
+                for name, expected, got in zip(("saved for the backward pass, bytes", "parameters"), predicted, both, strict=True):
+                    print(f"{rank:>4}  {name:<34}{expected:>16,}{got:>16,}{expected / got - 1:>+8.1%}")
     return 0
 
 
