@@ -147,6 +147,7 @@ class Held:
 
     @property
     def bytes(self) -> int:
+        """All of it."""
         return self.weight_bytes + self.gradient_bytes + self.master_bytes + self.moment_bytes
 
 
@@ -513,6 +514,7 @@ class Planned:
 
     @property
     def bytes(self) -> int:
+        """All that the rank needs at its worst."""
         return self.held.bytes + self.activations + max(self.working, self.head)
 
 
@@ -618,6 +620,8 @@ class Kind(NamedTuple):
 
 
 class Lost(NamedTuple):
+    """Why a kind of grid is not the best."""
+
     kind: Kind
     reason: str
 
