@@ -465,6 +465,11 @@ def _size(pieces: Sequence[_Piece]) -> int:
     return -(-largest // 16) * 16
 
 
+def _new_bytes(count: int) -> Tensor:
+    """`[count]` uint8, not filled. Of large arrays numpy asks for huge pages, which the first touch finds ready four times as fast."""
+    return torch.from_numpy(np.empty(count, np.uint8))
+
+
 def _regular(lines: Lines, blocksize: int) -> bool:
     """Whether all lines begin at the same place in a block, and are one after the other."""
     return lines.count == 1 or (lines.stride % blocksize == 0 and lines.width <= lines.stride)
@@ -551,7 +556,7 @@ def _place_codes(quant_type: QuantType) -> Tensor:
 def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType, threads: int) -> Tensor:
     """quantize_ref. Codes are looked up by x / a in 16 bits; the few that a midpoint is near are made as the reference makes them."""
     rows, absmax = x.detach().reshape(lines.count, lines.width), absmax.detach()
-    out = torch.empty(-(-lines.numel // 2), dtype=torch.uint8)
+    out = _new_bytes(-(-lines.numel // 2))
     first, phase = divmod(lines.start, blocksize)
     pieces = _pieces(lines.count, lines.width, phase - phase % 2)
     table_high, table_low = _place_codes(quant_type)
@@ -595,13 +600,14 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
             start, end = phase + left, phase + right
             at, m = (top * lines.width + left) // 2, -(-(bottom - top) * (right - left) // 2)
             some, parts, place, pairs, halves, half, low = views(bottom - top, right - left, start % blocksize)
-            values = slice(top, bottom), slice(start // blocksize, -(-end // blocksize))
-            if scale is None or not (usual or _usual(most[values])):
+            values = None if most is None else most[top:bottom, start // blocksize : -(-end // blocksize)]
+            if values is None or not (usual or _usual(values)):
                 exact(torch.arange(at, at + m))
                 continue
+            scale = STEPS / values.clamp(min=USUAL[0])
             some.copy_(rows[top:bottom, left:right])
             for many, blocks in parts:
-                many.mul_(scale[values][:, blocks, None])
+                many.mul_(scale[:, blocks, None])
             place.copy_(some)
             if some.numel() % 2:
                 places[some.numel()] = 0
@@ -625,10 +631,10 @@ def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_typ
         if unsure:
             mend(unsure)
 
-    most, scale, usual = absmax, None, False
+    most, usual = None, False
     if _regular(lines, blocksize):
         most = absmax.as_strided((lines.count, -(-(phase + lines.width) // blocksize)), (lines.stride // blocksize, 1), first)
-        scale, usual = STEPS / most.clamp(min=USUAL[0]), _usual(most)
+        usual = bool(most.amin() >= USUAL[0]) and bool(most.amax() <= USUAL[1])  # and no piece has to be asked
     _work_on(pieces, work, threads)
     if lines.total % blocksize:  # of the last block numbers are divided by absmax
         inside = lines.start + (lines.count - 1) * lines.stride + lines.width - lines.total // blocksize * blocksize
@@ -757,16 +763,25 @@ def compress(absmax: Tensor) -> Absmax:
         offset = values.mean()
 
         def work(queue: Iterator[_Piece]) -> None:
+            size = -(-_size(pieces) // NESTED) * NESTED
+            memory, index = torch.empty(size, dtype=torch.float32), torch.empty(size, dtype=torch.int32)
             for _, _, left, right in queue:
-                centred = torch.nn.functional.pad(values[left:right] - offset, (0, (left - right) % NESTED)).view(-1, NESTED)
-                largest = centred.abs().amax(1)
-                place = centred.mul_((1.0 / largest)[:, None]).clamp_(-1, 1).add_(1).mul_(0.5).mul_(PLACES - 1).add_(0.5)
-                place = place.nan_to_num_(0).int().flatten()[: right - left]  # of a nested block of zeros: code 0
-                torch.index_select(table, 0, place, out=codes[left:right])
-                nested[left // NESTED : -(-right // NESTED)] = largest
+                n, groups = right - left, slice(left // NESTED, -(-right // NESTED))
+                centred = memory[: (groups.stop - groups.start) * NESTED].view(-1, NESTED)
+                torch.sub(values[left:right], offset, out=memory[:n])
+                memory[n : centred.numel()] = 0
+                largest = torch.maximum(centred.amax(1), centred.amin(1).neg_(), out=nested[groups]).abs_()
+                inverse = 1.0 / largest
+                # Half of the places and the middle of one are exact numbers: one product for bitsandbytes' two.
+                place = centred.mul_(inverse[:, None]).clamp_(-1, 1).add_(1).mul_(0.5 * (PLACES - 1)).add_(0.5)
+                if not bool(inverse.isfinite().all()):
+                    place.nan_to_num_(0)  # of a nested block of zeros: code 0
+                index[: centred.numel()].copy_(place.view(-1))
+                torch.index_select(table, 0, index[:n], out=codes[left:right])
 
         if len(values):
-            _work_on(_pieces(1, len(values)), work, threads)
+            pieces = _pieces(1, len(values))
+            _work_on(pieces, work, threads)
     return Absmax(codes, nested, offset)
 
 
