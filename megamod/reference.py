@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamod import files, losses
-from megamod.batch import Batch
+from megamod.batch import Answers, Batch
 from megamod.config import RunConfig
 from megamod.data.documents import Documents
 from megamod.data.packing import grouped, micro_batch, pack
@@ -28,7 +28,7 @@ from megamod.model.build import Decoder, build
 from megamod.model.head import Head
 from megamod.model.lora import REFERENCE, Adapters, Plan
 from megamod.model.shape import Shape, read_shape
-from megamod.parallel.collectives import on_first, together
+from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.step import Chunks, collect, collect_rows
 from megamod.weights import fingerprint, peft
@@ -115,7 +115,7 @@ class Reference:
             self.items = [_exact(item) for item in self._followers] if cfg.reference.sync_alpha < 1 else self._followers
 
     def complete(self, batches: Sequence[Batch], mismatched: Callable[[], Sequence[Batch]]) -> list[Batch]:
-        """The micro-batches with `reference` and `kl`, as far as the loss needs them; on the last stage, which alone reads them.
+        """The micro-batches with `reference`, `kl` and `step`, as far as the loss needs them; on the last stage, which alone reads them.
 
         Args:
             mismatched: makes the micro-batches of prompts with other rows' answers: `Loader.mismatched`.
@@ -125,6 +125,8 @@ class Reference:
         if "kl" in self._needs:
             divergence = self._kl(mismatched())
             batches = [replace(batch, divergence=divergence) for batch in batches]
+        if "step" in self._needs:
+            batches = self._answers(batches)
         return list(batches)
 
     def follow(self, step: int) -> None:
@@ -164,6 +166,16 @@ class Reference:
         both = torch.tensor([float(difference), float(answers)], dtype=torch.float64, device=self._grid.device)
         dist.all_reduce(both, group=self._grid.dp.group)
         return (both[0] / both[1]).clamp(min=0).to(own[0].dtype)
+
+    def _answers(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """What the trained model and the reference say of each document of the step, on every data-parallel rank."""
+        own = collect(self._policy, batches, _logprobs, self._grid)
+        if not self._grid.is_last_stage:
+            return batches
+        by_rank = gathered([batch.alone(logprob) for batch, logprob in zip(batches, own, strict=True)], self._grid.dp.group)
+        before = sum(map(len, by_rank[: self._grid.dp.rank]))
+        found = Answers.joined([part for rank in by_rank for part in rank])[before:]
+        return [replace(batch, answers=answers) for batch, answers in zip(batches, found, strict=False)]
 
 
 def _logprobs(head: Head, batch: Batch) -> Tensor:

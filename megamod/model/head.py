@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -94,6 +95,24 @@ class Head:
     def entropy(self) -> Tensor:
         """`[N]` entropy of the next token's distribution, in nats."""
         return self.statistics(self._any_id()).entropy
+
+    def mean_logit(self) -> Tensor:
+        """`[N]` the mean of z over the vocabulary, so that less log Σ exp z it is that of log p. It costs no pass; differentiable."""
+        total = self.weight[: self.columns].to(_at_least_fp32(self.weight.dtype)).sum(0)  # [C]
+        z = self.hidden.to(total.dtype) @ total / self.vocab
+        return z if self.tp is None or self.tp.size() == 1 else reduce_from_tensor_model_parallel_region(z, group=self.tp)
+
+    @torch.no_grad()
+    def log_collision(self) -> Tensor:
+        """`[N]` log Σ_v p_v², how likely two draws of the next token agree, without a gradient."""
+        n = len(self.hidden)
+        total = torch.full((n,), float("-inf"), dtype=_at_least_fp32(self.hidden.dtype), device=self.hidden.device)
+        for block in _chunks(self.columns, self._width):
+            z = (self.hidden @ self.weight[block].t()).to(total.dtype)
+            total = torch.logaddexp(total, (2 * z).logsumexp(-1))
+        if self.tp is not None and self.tp.size() > 1:
+            total = gather_from_tensor_model_parallel_region(total[:, None], group=self.tp).logsumexp(-1)
+        return total - 2 * self.logsumexp()
 
     def _statistics(self, ids: Tensor, entropy: bool) -> tuple[Any, ...]:
         """The fields of Statistics; without `entropy`, which costs passes over all logits, None in its place."""
