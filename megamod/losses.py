@@ -97,7 +97,10 @@ def unbound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
 
 
 def cross_entropy(head: Head, batch: Batch) -> Loss:
-    """-log p(y_t), a mean over labelled tokens, each with the weight that the data gives its document (1 where it gives none)."""
+    """-log p(y_t): cross-entropy.
+
+    A mean over labelled tokens, each with the weight that the data gives its document (1 where it gives none).
+    """
     nll = -head.logprobs(batch.labels)  # [N]
     return Loss(batch.mean(batch.weight * nll, over="weights"), {"nll": batch.mean_of(nll)})
 
