@@ -540,7 +540,8 @@ def wpo(head: Head, batch: Batch, *, loss: LossFunction) -> Loss:
     Pairs that the model might have said itself count more. For any loss that is a mean over pairs: `partial(losses.wpo, loss=losses.dpo)`.
     """
     with torch.no_grad():
-        likely = batch.per_sequence(head.logprobs(batch.labels) - head.log_collision()) / batch.sizes.clamp(min=1)  # [S]
+        likely = replace(batch, share=None).per_sequence(head.logprobs(batch.labels) - head.log_collision())  # [S]
+        likely = likely / batch.sizes.clamp(min=1)
     better, worse = batch.pairs
     weight = batch.document_weight.to(likely.dtype)
     weight = weight.index_put((better,), weight[better] * (likely[better] + likely[worse]).exp())

@@ -1,7 +1,9 @@
 """Write the list of losses in configs/LOSSES.md: formula and source from their docstrings, the error from what the tests measured.
 
-    REPORT=1 python -m pytest tests/test_losses.py     measure: each loss against its reference number, into configs/losses.json
-    python tools/list_losses.py                        write the list
+    REPORT=1 python -m pytest tests/test_losses.py    # measures each loss against its reference number: configs/losses.json
+    python tools/list_losses.py
+
+A loss of which no error was measured is refused.
 """
 
 import argparse
