@@ -90,13 +90,14 @@ class Batch:
     pairs: Tensor = None  # type: ignore[assignment]  # [2, P] int64: the better and the worse document of each pair; left out: none
     margin: Tensor = None  # type: ignore[assignment]  # [P] float: by how much the better one is better; left out: 0
     stored: Tensor | None = None  # [N] float: the reference model's log-probabilities of `labels`; None: read `reference`
+    taught: Tensor | None = None  # [N, K, 2] float: a teacher's K largest log-probabilities and their tokens' ids; None: read `teacher`
     divergence: Tensor | None = None  # scalar: KTO's KL over the whole step; None: read `kl`
     answers: Answers | None = None  # of the whole step; None: read `step`
-    ordinal: Tensor = None  # type: ignore[assignment]  # [N] int64: its number among the document's labels; left out: counted
     share: Tensor | None = None  # [N] float: how much of a position `per_sequence` counts; None: all
     totals: Mapping[Unit, float] = field(default_factory=dict)  # unit → its count in the whole step; none: this batch is the step
     cp: dist.ProcessGroup | None = None  # the ranks that share the row
     of_row: Tensor | None = None  # [S] bool: `labelled` of the whole row, after `slice`
+    numbered: Tensor | None = None  # [N] int64: `ordinal` as the whole row has it, after `slice`
     seed: int = 0  # of what is drawn at random for this micro-batch: the same on every grid
 
     def __post_init__(self) -> None:
@@ -105,7 +106,6 @@ class Batch:
             "side": lambda: torch.zeros(self.sequences, dtype=torch.long, device=self.rows.device),
             "pairs": lambda: torch.zeros(2, 0, dtype=torch.long, device=self.rows.device),
             "margin": lambda: self.weight.new_zeros(self.pairs.shape[1]),
-            "ordinal": lambda: torch.arange(len(self.sequence), device=self.rows.device) - torch.searchsorted(self.sequence, self.sequence),
         }
         for name, make in left_out.items():
             if getattr(self, name) is None:
@@ -124,11 +124,25 @@ class Batch:
         return torch.zeros(self.sequences, dtype=torch.bool, device=self.sequence.device).index_fill(0, self.sequence, True)
 
     @property
+    def ordinal(self) -> Tensor:
+        """`[N]` int64: the number, from 0, of each labelled position among its document's, wherever in the row's ranks these lie."""
+        if self.numbered is not None:
+            return self.numbered
+        return torch.arange(len(self.sequence), device=self.sequence.device) - torch.searchsorted(self.sequence, self.sequence)
+
+    @property
     def reference(self) -> Tensor:
         """`[N]` log-probabilities of `labels` under the reference model. Raises MegamodError where the loss is not marked as needing it."""
         if self.stored is None:
             raise MegamodError('the loss reads batch.reference: mark it with @losses.needs("reference")')
         return self.stored
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """`[N, K]` and `[N, K]`: the tokens that a teacher finds most probable, and its log-probabilities. Raises as `reference` does."""
+        if self.taught is None:
+            raise MegamodError('the loss reads batch.teacher: mark it with @losses.needs("teacher")')
+        return self.taught[..., 1].long(), self.taught[..., 0]
 
     @property
     def kl(self) -> Tensor:
@@ -177,10 +191,16 @@ class Batch:
         assert width * size == len(self.tokens), "the rows were checked against the grid: parallel.grid.check_rows"
         first = rank * width
         mine = (self.rows >= first) & (self.rows < first + width)
-        labelled = ("labels", "verdict", "weight", "sequence", "stored", "ordinal", "share")
+        labelled = ("labels", "verdict", "weight", "sequence", "stored", "taught", "share")
         columns: dict[str, Any] = {name: value[mine] for name, value in self._tensors() if name in labelled}
         return replace(
-            self, tokens=self.tokens[first : first + width], rows=self.rows[mine] - first, cp=group, of_row=self.labelled, **columns
+            self,
+            tokens=self.tokens[first : first + width],
+            rows=self.rows[mine] - first,
+            cp=group,
+            of_row=self.labelled,
+            numbered=self.ordinal[mine],
+            **columns,
         )
 
     def to(self, device: torch.device) -> "Batch":

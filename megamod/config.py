@@ -95,14 +95,14 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The model that a preference loss compares with: whose log-probabilities are `batch.reference`.
+    """The model that a preference loss compares with, whose log-probabilities are `batch.reference`; or a teacher, `batch.teacher`.
 
     start     the model as the run begins: with a new adapter the base beneath it, with `lora.path` that adapter, frozen beside the
               trained one, and without adapters a second copy of the weights
     base      the base without any adapter, also where the run goes on from one
     adapter   another adapter on the same base, at `path`: a PEFT directory or a checkpoint
-    model     other weights of the same shape, at `path`: a Hugging Face directory
-    stored    what tools/reference_logprobs.py wrote to `path`: no reference model is in memory
+    model     other weights of the same shape, at `path`: a Hugging Face directory; a teacher may have another shape
+    stored    what tools/reference_logprobs.py or teacher_logprobs.py wrote to `path`: no reference model is in memory
     uniform   every answer alike, log-probability 0: reference-free
 
     With `sync_every` the reference follows the trained model (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656): every so many steps
@@ -111,6 +111,7 @@ class ReferenceConfig:
 
     kind: ReferenceKind = "start"
     path: str | None = None
+    top_k: int = 50  # of a teacher: how many of its most probable tokens at each position
     sync_every: int | None = None  # steps; None: it stays as it is
     sync_alpha: float = 1.0  # α; with adapters only 1, since a mixture of two adapters is no adapter of their rank
 
@@ -406,8 +407,15 @@ def _unused_reference(cfg: RunConfig) -> list[tuple[bool, str, str]]:
         raise MegamodError(f"reference.sync_alpha = {r.sync_alpha}: above 0 and at most 1 was expected")
     if "kl" in needs and r.kind == "stored":
         raise MegamodError(f"reference.kind = 'stored': {name} asks the reference about answers to other rows' prompts too: use 'start'")
+    if "teacher" in needs and r.kind == "uniform":
+        raise MegamodError(f"reference.kind = 'uniform': {name} learns from a teacher: use 'model' or 'stored'")
+    if {"teacher", "reference"} <= needs and r.kind == "stored":
+        raise MegamodError(f"reference.kind = 'stored': {name} needs a teacher and a reference, and one of them is stored: use 'model'")
+    if r.top_k < 1:
+        raise MegamodError(f"reference.top_k = {r.top_k}: at least 1 was expected")
     return [
-        (r != ReferenceConfig() and "reference" not in needs, "reference", f"the loss {name} needs none"),
+        (r != ReferenceConfig() and not needs & {"reference", "teacher"}, "reference", f"the loss {name} needs none"),
+        (r.top_k != ReferenceConfig.top_k and "teacher" not in needs, "reference.top_k", f"the loss {name} needs no teacher"),
         (r.path is not None and not has, "reference.path", f"reference.kind is {r.kind!r}"),
         (r.sync_alpha != 1.0 and not follows, "reference.sync_alpha", "reference.sync_every is None"),
     ]

@@ -77,6 +77,8 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
         batches = loader.step(0)
         if "reference" in needs:
             batches = [replace(batch, stored=nothing.expand(len(batch.labels))) for batch in batches]
+        if "teacher" in needs:
+            batches = [replace(batch, taught=nothing.expand(len(batch.labels), cfg.reference.top_k, 2)) for batch in batches]
         if "kl" in needs:
             batches = [replace(batch, divergence=nothing) for batch in batches]
         if "step" in needs:

@@ -34,7 +34,7 @@ from megamod.errors import MegamodError
 from megamod.model.head import Head
 from megamod.verdicts import SEVERITIES
 
-Need = Literal["pairs", "rated", "scores", "reference", "kl", "step"]
+Need = Literal["pairs", "rated", "scores", "reference", "kl", "step", "teacher"]
 Divergence = float | Literal["js"]  # what a loss is held to the reference by: see `_scores`
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -57,7 +57,7 @@ def needs(*what: Need) -> Callable[[Function], Function]:
 
     Of the data: "pairs" of a better and a worse answer, or "rated" answers, wanted and unwanted; other losses refuse unwanted answers.
     Of the model: "scores", a head of them. Of a pass before the training pass: "reference", which it reads as `batch.reference`,
-    "kl", as `batch.kl`, and "step", as `batch.step`.
+    "kl", as `batch.kl`, "step", as `batch.step`, and "teacher", as `batch.teacher`.
 
     @needs("pairs", "reference")
     def my_dpo(head: Head, batch: Batch) -> Loss: ...
@@ -150,6 +150,31 @@ def dft(head: Head, batch: Batch) -> Loss:
     """-p·log p, p = p(y_t), the first without a gradient: dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629)."""
     logp = head.logprobs(batch.labels)
     return Loss(batch.mean(batch.weight * logp.detach().exp() * -logp, over="weights"), {"nll": batch.mean_of(-logp)})
+
+
+@needs("teacher")
+def distillation(head: Head, batch: Batch, *, sft_weight: float = 0.0) -> Loss:
+    """Σ_k q_k·log(q_k/p_k), k a teacher's most probable tokens and one for all others, q the teacher:
+    distillation (Hinton et al. 2015, arXiv:1503.02531).
+
+    The teacher is the config's `reference`: another model in memory, or what tools/teacher_logprobs.py stored; `reference.top_k` is how
+    many tokens it names.
+
+    Args:
+        sft_weight: of a further term, -log p(y_t).
+    """
+    ids, teacher = batch.teacher  # [N, K]
+    found = head.logprobs(torch.cat([batch.labels[:, None], ids], 1))
+    nll, q, p = -found[:, 0], _with_rest(teacher.to(found.dtype)), _with_rest(found[:, 1:])
+    divergence = (q.exp() * (q - p)).sum(-1)  # [N]
+    value = batch.mean(batch.weight * (divergence + sft_weight * nll), over="weights")
+    return Loss(value, {"nll": batch.mean_of(nll), "divergence": batch.mean_of(divergence)})
+
+
+def _with_rest(logp: Tensor) -> Tensor:
+    """`[N, K]` → `[N, K + 1]`: with log(1 - Σ p), at least that of 1e-7."""
+    rest = logp.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logp, (-torch.expm1(rest)).log()], -1)
 
 
 # --- preferences: pairs of a better and a worse answer, and a reference ---------------------------------------------------------

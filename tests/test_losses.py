@@ -37,7 +37,7 @@ from trl_oracle import Texts, Trl, in_double, inputs_of, value_of
 
 from megamod import losses
 from megamod.batch import Batch
-from megamod.config import ModelConfig, OptimConfig
+from megamod.config import ModelConfig, OptimConfig, ReferenceConfig
 from megamod.config import ParallelConfig as P
 from megamod.data.documents import IGNORED, Document, InMemory
 from megamod.data.loader import Loader
@@ -61,7 +61,8 @@ GRIDS = {"cp 2 · dp 2": P(cp=2), "tp 2 · pp 2 · sp": P(tp=2, pp=2, sp=True)}
 
 CLASSES = 3  # of qwen2-classes
 MODELS = {"Reward": "llama-reward", "class": "qwen2-classes", "classes": "qwen2-classes", "stream": "qwen3-stream"}
-ALL = ("DPO", "KTO", "SFT", "tokens", *MODELS)
+ALL = ("DPO", "KTO", "SFT", "tokens", "taught", *MODELS)
+TOP_K = 7
 
 
 def model_of(kind: str) -> str:
@@ -69,14 +70,14 @@ def model_of(kind: str) -> str:
 
 
 def documents(kind: str) -> list[Document]:
-    """DPO, KTO, Reward: what TRL's trainer reads; SFT too, the same texts with nothing to compare; tokens: each with a weight and some
-    tokens of a verdict; class, classes: one of several, any of several, of a whole text; stream: at every token."""
+    """DPO, KTO, Reward: what TRL's trainer reads; SFT too, the same texts with nothing to compare; tokens, taught: each with a weight and
+    some tokens of a verdict; class, classes: one of several, any of several, of a whole text; stream: at every token."""
     if kind in ("DPO", "KTO", "Reward"):
         return test_trl.documents(kind)
     rng, made = np.random.default_rng(11), []
     for number, one in enumerate(test_trl.documents("KTO")):
         document = replace(one, side=0, weight=1.0 if kind == "SFT" else 0.5 + number / 16)
-        if kind == "tokens":
+        if kind in ("tokens", "taught"):
             document = replace(document, verdict=rng.random(len(one.tokens)) < 0.3)
         elif kind != "SFT":
             asked, nothing = np.full(len(one.tokens), IGNORED), np.full(len(one.tokens), IGNORED)
@@ -110,12 +111,17 @@ class Said:
     z: Tensor  # [n, V] logits, or [n, L] scores
     ids: Tensor  # [n] the tokens, or the classes as bits
     verdict: Tensor  # [n] bool
-    reference: Tensor  # [n] log π_ref
+    compared: Tensor  # [n, V] log-probabilities of the reference, or a teacher
 
     @property
     def logp(self) -> Tensor:
         """`[n]` log π."""
         return self.z.log_softmax(-1).gather(-1, self.ids[:, None])[:, 0]
+
+    @property
+    def reference(self) -> Tensor:
+        """`[n]` log π_ref."""
+        return self.compared.gather(-1, self.ids[:, None])[:, 0]
 
     @property
     def weight(self) -> Tensor:
@@ -206,6 +212,18 @@ def orpo(beta: float) -> Formula:
         return nll_of_better(said) - found.mean()
 
     return value
+
+
+def distilled(said: Said) -> Tensor:
+    """TRL's forward KL over the teacher's most probable tokens and the rest as one, in `[n]`; and half of what the labels say."""
+    from trl.experimental.async_distillation import async_distillation_trainer as theirs
+
+    values, ids = said.compared.topk(TOP_K)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    student, _ = theirs._add_tail_bucket(said.z.log_softmax(-1).gather(-1, ids), mask)
+    teacher, support = theirs._add_tail_bucket(values, mask)
+    found: Tensor = theirs._jsd_divergence(student, teacher, beta=0, support_mask=support)
+    return found.sum(-1) - 0.5 * said.logp
 
 
 def bco(beta: float, desirable: float, undesirable: float) -> Formula:
@@ -311,6 +329,7 @@ CASES: dict[str, list[Case]] = {
         ),
     ],
     "dft": [Case("SFT", losses.dft, {"loss_type": "dft"})],
+    "distillation": [Case("taught", partial(losses.distillation, sft_weight=0.5), formula=per_token(distilled))],
     "dpo": [
         dpo_case(losses.dpo, "sigmoid"), *held(partial(losses.dpo, beta=B), "sigmoid"),
         Case(
@@ -440,13 +459,13 @@ def of_formula(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
         if document.classes is not None:
             bits = torch.from_numpy(document.classes)
             z = policy(tokens).logits.flatten(0, -2)
-            said.append(Said(document, z, bits[bits != IGNORED], bits[:0] > 0, torch.zeros(0)))
+            said.append(Said(document, z, bits[bits != IGNORED], bits[:0] > 0, torch.zeros(0, 0)))
             continue
         assert reference is not None
         at = torch.nonzero(labels[1:] != IGNORED)[:, 0]
         ids, verdict = labels[at + 1], torch.from_numpy(document.verdict)[at + 1]
         with torch.no_grad():
-            compared = reference(tokens).logits[0, at].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+            compared = reference(tokens).logits[0, at].log_softmax(-1)
         said.append(Said(document, policy(tokens).logits[0, at], ids, verdict, compared))
     value = case.formula(said)
     value.backward()
@@ -483,7 +502,7 @@ def of_rated(head: Head, batch: Batch) -> Loss:
     raise NotImplementedError
 
 
-NEEDS = {"DPO": of_pairs, "KTO": of_rated}
+NEEDS = {"DPO": of_pairs, "KTO": of_rated, "taught": losses.distillation}
 
 
 def compare(parallel: P, file: str) -> dict[str, tuple[float, int]]:
@@ -523,7 +542,7 @@ def completed(kind: str, run: Run) -> list[Batch]:
     made = loader(kind, grid.dp.rank, grid.dp.size)
     if kind not in NEEDS:
         return made.step(0)
-    cfg = preferences.config(NEEDS[kind])
+    cfg = preferences.config(NEEDS[kind], ReferenceConfig(top_k=TOP_K))
     reference = Reference(cfg, tiny.shape(model), grid, run.optimizer.chunks, (), None, Tensors(preferences.other_weights(model)))
     return reference.complete(made.step(0), partial(made.mismatched, 0, grid.pp.size))
 
