@@ -211,7 +211,7 @@ def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[lis
     """A second model, frozen, and where its weights lie. Raises MegamodError."""
     path = cfg.reference.path if cfg.reference.kind == "model" else None
     if path is not None and "reference" not in losses.needs_of(cfg.loss):
-        shape = together(lambda: _teacher_shape(cfg, path, shape, grid)) or shape
+        shape, grid = together(partial(_teacher_on, cfg, path, shape, grid)) or (shape, grid)
     chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
 
     def filled() -> list[Held]:
@@ -229,21 +229,20 @@ def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[lis
     return chunks, items
 
 
-def _teacher_shape(cfg: RunConfig, path: str, shape: Shape, grid: Grid) -> Shape:
-    """A teacher need not be of the model's shape: it shares the vocabulary, and the grid must be able to cut it as it cuts the model."""
-    theirs = replace(read_shape(path), quantization=shape.quantization)
+def _teacher_on(cfg: RunConfig, path: str, shape: Shape, grid: Grid) -> tuple[Shape, Grid]:
+    """A teacher's shape, which need not be the model's, and the grid as it cuts the teacher. Raises MegamodError."""
+    theirs, p = replace(read_shape(path), quantization=shape.quantization), cfg.parallel
     if theirs.vocab != shape.vocab:
         raise MegamodError(
             f"reference.path = {path}: a vocabulary of {theirs.vocab:,}, and the model's is {shape.vocab:,}: the same was expected"
         )
-    grids.check(cfg.parallel, theirs, grid.world)
-    heads = {(max(1, cfg.parallel.tp // s.kv_heads), grids.ulysses_of(cfg.parallel, s)) for s in (theirs, shape)}
-    if len(heads) > 1:
+    split = grids.check(p if theirs.layers == shape.layers else replace(p, layers_per_stage=None), theirs, grid.world)
+    if len({(max(1, p.tp // s.kv_heads), grids.ulysses_of(p, s)) for s in (theirs, shape)}) > 1:
         raise MegamodError(
-            f"reference.path = {path}: tp {cfg.parallel.tp} and cp {cfg.parallel.cp} would share its heads among other ranks than the "
-            f"model's: lower parallel.cp, or store it with tools/teacher_logprobs.py"
+            f"reference.path = {path}: its heads and the model's would be shared by other ranks on tp {p.tp} and cp {p.cp}: use a smaller "
+            f"parallel.cp, or store what it says with tools/teacher_logprobs.py"
         )
-    return theirs
+    return theirs, replace(grid, layers_per_stage=split)
 
 
 def model_at_start(base: str, plan: Plan | None, adapters: Adapters | None, grid: Grid) -> str:

@@ -120,6 +120,10 @@ def test_refusals(folder: Path) -> None:
     about = json.loads((folder / "teacher" / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(about | {"vocab_size": 77}))
     assert "a vocabulary of 77, and the model's is" in complaint(lambda: taught_by(read(folder), str(other)))
+    wide = json.dumps(about | {"num_key_value_heads": 2, "num_attention_heads": 2})
+    (other / "config.json").write_text(wide)
+    with pytest.raises(distributed.RankError, match="its heads and the model's would be shared by other ranks on tp 1 and cp 4"):
+        distributed.run(4, refused, folder, "run", ["reference.kind=model", f"reference.path={other}", "parallel.cp=4"])
     cfg = read(folder)
     assert taught_by(cfg, str(folder / "teacher")).data.chat.tokenizer == cfg.model.path
     assert replace(cfg, loss=taught_by(cfg, str(folder / "teacher")).loss) == cfg
