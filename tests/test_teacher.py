@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed
@@ -13,14 +14,15 @@ import torch
 from complaints import complaint
 from safetensors.torch import save_file
 
-from megamod import config
+from megamod import config, losses, reference
+from megamod import train as train_module
 from megamod.config import RunConfig, SyntheticData
 from megamod.data import stored
 from megamod.data.documents import synthetic
 from megamod.data.packing import micro_batch
 from megamod.model.shape import shape_of
 from megamod.parallel import grid as grids
-from megamod.train import train
+from megamod.train import model_shape, train
 from megamod.weights.table import hf_shapes
 from tools.reference_logprobs import compute
 from tools.teacher_logprobs import taught_by
@@ -85,17 +87,9 @@ def test_live_and_stored_are_one_teacher(folder: Path) -> None:
     assert live[0]["divergence"] != live[1]["divergence"]
     about = json.loads((folder / "stored" / "reference.json").read_text())
     assert about["top_k"] == 5
-    with pytest.raises(distributed.RankError, match=r"a teacher's 5 most probable tokens, and loss distillation needs a teacher with"):
-        distributed.run(2, refused, folder, "run", ["reference.top_k=6"])
-    with pytest.raises(distributed.RankError, match="a teacher's 5 most probable tokens, and loss dpo needs a reference"):
-        distributed.run(2, refused, folder, "dpo", [*preferences.FIXED, "steps=1", "data.train.pairs=true"])
 
 
-def refused(folder: Path, name: str, more: list[str]) -> None:
-    train(read(folder, "reference.kind=stored", f"reference.path={folder}/stored", f"dir={folder}/refused", *more, name=name))
-
-
-def test_what_is_stored_comes_back_at_its_own_tokens(tmp_path: Path) -> None:
+def test_what_is_stored_comes_back_at_its_own_tokens(folder: Path, tmp_path: Path) -> None:
     """Token by token, over two documents in one row."""
     documents = synthetic(SyntheticData(documents=2, mean_length=9, labelled=0.5), 40, 20, seed=1)
     rng = np.random.default_rng(2)
@@ -106,24 +100,38 @@ def test_what_is_stored_comes_back_at_its_own_tokens(tmp_path: Path) -> None:
     batch = micro_batch([[found[0], found[1]]], 64)
     assert batch.taught is not None and batch.stored is None
     np.testing.assert_array_equal(batch.taught.numpy(), np.concatenate(values))
+    cfg = read(folder, "reference.kind=stored", f"reference.path={root}", "reference.top_k=3")
+    assert train_module._stored(cfg, documents) is not None
+    more = replace(cfg, reference=replace(cfg.reference, top_k=4))
+    expected = "a teacher's 3 most probable tokens, and loss distillation needs a teacher with reference.top_k = 4"
+    assert expected in complaint(lambda: train_module._stored(more, documents))
+    expected = "a teacher's 3 most probable tokens, and loss dpo needs a reference"
+    assert expected in complaint(lambda: train_module._stored(replace(cfg, loss=losses.dpo), documents))
     ids, logprobs = batch.slice(1, 2, None).teacher
     assert ids.shape == logprobs.shape == (len(batch.slice(1, 2, None).labels), 3)
 
 
-def test_refusals(folder: Path) -> None:
+def test_refusals(folder: Path, tmp_path: Path) -> None:
     assert "loss cross_entropy learns from no teacher" in complaint(lambda: taught_by(read(folder, name="plain"), "x"))
     assert "uniform" in complaint(lambda: read(folder, "reference.kind=uniform"))
     assert "reference.top_k = 0: at least 1" in complaint(lambda: read(folder, "reference.top_k=0"))
     assert "the loss dpo needs no teacher" in complaint(lambda: read(folder, "reference.top_k=9", "data.train.pairs=true", name="dpo"))
-    other = folder / "wider"
-    other.mkdir()
     about = json.loads((folder / "teacher" / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(about | {"vocab_size": 77}))
-    assert "a vocabulary of 77, and the model's is" in complaint(lambda: taught_by(read(folder), str(other)))
-    wide = json.dumps(about | {"num_key_value_heads": 2, "num_attention_heads": 2})
-    (other / "config.json").write_text(wide)
-    with pytest.raises(distributed.RankError, match="its heads and the model's would be shared by other ranks on tp 1 and cp 4"):
-        distributed.run(4, refused, folder, "run", ["reference.kind=model", f"reference.path={other}", "parallel.cp=4"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(about | {"vocab_size": 77}))
+    assert "a vocabulary of 77, and the model's is 512" in complaint(lambda: taught_by(read(folder), str(tmp_path)))
+    cfg = read(folder, "reference.kind=model", f"reference.path={tmp_path}", "parallel.cp=4")
+
+    def live() -> None:
+        reference._teacher_on(cfg, str(tmp_path), model_shape(cfg), SimpleNamespace(world=4))  # type: ignore[arg-type]
+
+    assert "a vocabulary of 77, and the model's is 512" in complaint(live)
+    file.write_text(json.dumps(about | {"num_key_value_heads": 2, "num_attention_heads": 2}))
+    assert "its heads and the model's would be shared by other ranks on tp 1 and cp 4" in complaint(live)
+
+
+def test_the_data_stay_the_run_s(folder: Path) -> None:
     cfg = read(folder)
-    assert taught_by(cfg, str(folder / "teacher")).data.chat.tokenizer == cfg.model.path
-    assert replace(cfg, loss=taught_by(cfg, str(folder / "teacher")).loss) == cfg
+    asked = taught_by(cfg, str(folder / "teacher"))
+    assert (asked.data.chat.tokenizer, asked.model.path) == (cfg.model.path, str(folder / "teacher"))
+    assert replace(asked.data, chat=cfg.data.chat) == cfg.data
