@@ -407,6 +407,10 @@ def _unused_reference(cfg: RunConfig) -> list[tuple[bool, str, str]]:
         raise MegamodError(f"reference.sync_alpha = {r.sync_alpha}: above 0 and at most 1 was expected")
     if "kl" in needs and r.kind == "stored":
         raise MegamodError(f"reference.kind = 'stored': {name} asks the reference about answers to other rows' prompts too: use 'start'")
+    if follows and r.kind == "model" and "reference" not in needs:
+        raise MegamodError(
+            "reference.sync_every: a teacher at reference.path does not follow the model: use kind 'start' for one that does"
+        )
     if "teacher" in needs and r.kind == "uniform":
         raise MegamodError(f"reference.kind = 'uniform': {name} learns from a teacher: use 'model' or 'stored'")
     if {"teacher", "reference"} <= needs and r.kind == "stored":
@@ -438,6 +442,8 @@ def _check_loss(function: Callable[..., Any]) -> None:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError) as error:
         raise MegamodError(f"loss: {_name(inner)} cannot be called with a head and a batch: {error}") from None
+    for part in losses.parts_of(function):
+        _check_loss(part)
     hints = _annotations(function)
     for name, value in bound.items():
         if name in hints and not _fits(value, hints[name]):
@@ -483,9 +489,12 @@ def _keyword_hint(error: TypeError) -> str:
 def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
     head, *rest = path
     if isinstance(node, functools.partial) or (callable(node) and not dataclasses.is_dataclass(node)):
-        if rest:
+        if not rest:
+            return _rebind(node, head, text, key)
+        part = losses.unbound(node)[1].get(head)  # a loss within a loss: loss.loss.beta
+        if not callable(part):
             raise MegamodError(f"override {key}={text}: {rest[0]!r} is below a plain value")
-        return _rebind(node, head, text, key)
+        return functools.partial(node, **{head: _replace(part, rest, text, key)})
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise MegamodError(f"override {key}={text}: {head!r} is below a plain value")
     names = [f.name for f in dataclasses.fields(node)]

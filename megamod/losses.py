@@ -72,16 +72,20 @@ def needs(*what: Need) -> Callable[[Function], Function]:
 
 def needs_of(loss: Callable[..., Any]) -> frozenset[Need]:
     """What `loss` was marked with, and the losses that are bound to it; nothing where none was."""
-    inner, bound = unbound(loss)
-    return frozenset(getattr(inner, "needs", ())).union(*(needs_of(part) for part in _losses_in(tuple(bound.values()))))
+    return frozenset(getattr(unbound(loss)[0], "needs", ())).union(*(needs_of(part) for part in parts_of(loss)))
 
 
-def _losses_in(value: Any) -> Iterator[Callable[..., Any]]:
-    if isinstance(value, tuple):
-        for part in value:
-            yield from _losses_in(part)
-    elif callable(value):
-        yield value
+def parts_of(loss: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The losses that are bound to `loss`, one by one or in tuples."""
+
+    def found(value: Any) -> Iterator[Callable[..., Any]]:
+        if isinstance(value, tuple):
+            for part in value:
+                yield from found(part)
+        elif callable(value):
+            yield value
+
+    return list(found(tuple(unbound(loss)[1].values())))
 
 
 def unbound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

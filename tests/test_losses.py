@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,6 +31,7 @@ import test_trl
 import tiny
 import torch
 import torch.nn.functional as F
+from complaints import complaint
 from parity import Case as ParityCase
 from parity import Run
 from torch import Tensor, nn
@@ -37,8 +39,9 @@ from trl_oracle import Texts, Trl, in_double, inputs_of, value_of
 
 from megamod import losses
 from megamod.batch import Batch
-from megamod.config import ModelConfig, OptimConfig, ReferenceConfig
+from megamod.config import ModelConfig, OptimConfig, ReferenceConfig, as_json
 from megamod.config import ParallelConfig as P
+from megamod.config import load as load_config
 from megamod.data.documents import IGNORED, Document, InMemory
 from megamod.data.loader import Loader
 from megamod.errors import MegamodError
@@ -610,6 +613,27 @@ def test_needs_are_those_of_the_losses_within() -> None:
     assert losses.needs_of(partial(losses.weighted, parts=((1.0, inner), (0.5, losses.sft)))) == {"pairs", "reference", "step"}
     assert losses.needs_of(partial(losses.wpo, loss=partial(losses.length_desensitized, loss=losses.dpo))) == {"pairs", "reference"}
     assert losses.needs_of(partial(losses.weighted, parts=((1.0, losses.cross_entropy),))) == frozenset()
+
+
+LOSS = """from dataclasses import replace
+from functools import partial
+from megamod import losses
+from megamod.config import load
+def config():
+    return replace(load("{}/tiny_dpo.py"), loss=partial(losses.wpo, loss={}))
+"""
+
+
+def test_a_loss_within_a_loss_is_configured_as_any(tmp_path: Path) -> None:
+    path, wrong = tmp_path / "run.py", tmp_path / "wrong.py"
+    path.write_text(LOSS.format(PAGE.parent, "losses.dpo"))
+    cfg = load_config(path, ["loss.loss.beta=0.7"])
+    assert losses.unbound(losses.unbound(cfg.loss)[1]["loss"]) == (losses.dpo, {"beta": 0.7})
+    assert as_json(cfg.loss)["loss"] == {"call": "megamod.losses:dpo", "beta": 0.7}
+    assert "no keyword 'betta'" in complaint(lambda: load_config(path, ["loss.loss.betta=0.7"]))
+    assert "'beta' is below a plain value" in complaint(lambda: load_config(path, ["loss.los.beta=0.7"]))
+    wrong.write_text(LOSS.format(PAGE.parent, "partial(losses.dpo, betta=1.0)"))
+    assert "loss: dpo takes no keyword 'betta'" in complaint(lambda: load_config(wrong))
 
 
 def test_what_was_not_asked_for_is_refused() -> None:

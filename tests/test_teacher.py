@@ -114,6 +114,8 @@ def test_what_is_stored_comes_back_at_its_own_tokens(folder: Path, tmp_path: Pat
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     assert "loss cross_entropy learns from no teacher" in complaint(lambda: taught_by(read(folder, name="plain"), "x"))
     assert "uniform" in complaint(lambda: read(folder, "reference.kind=uniform"))
+    follows = ["reference.kind=model", "reference.path=x", "reference.sync_every=2"]
+    assert "a teacher at reference.path does not follow the model" in complaint(lambda: read(folder, *follows))
     assert "reference.top_k = 0: at least 1" in complaint(lambda: read(folder, "reference.top_k=0"))
     assert "the loss dpo needs no teacher" in complaint(lambda: read(folder, "reference.top_k=9", "data.train.pairs=true", name="dpo"))
     about = json.loads((folder / "teacher" / "config.json").read_text())
