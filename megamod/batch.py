@@ -7,9 +7,9 @@ is what the model should say after the token at `rows[i]`; with a head of scores
 What is known of whole documents (`side`, `document_weight`) is `[S]`, and of pairs (`pairs`, `margin`) `[P]`, on every rank alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,37 @@ class Mean:
     count: Tensor
 
 
+class Answers(NamedTuple):
+    """All documents of a step, wherever they lie, as the model saw them before the training pass: Z of them, and Q pairs. No gradient."""
+
+    logps: Tensor  # [Z] log π of each document's labels
+    reference: Tensor  # [Z] log π_ref
+    side: Tensor  # [Z] as in Batch
+    weight: Tensor  # [Z] as `document_weight`
+    pairs: Tensor  # [2, Q] as in Batch
+    mine: slice  # which of the pairs are the micro-batch's
+
+    def of_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[Z]` → `[Q]` and `[Q]`, as of a Batch."""
+        return x[self.pairs[0]], x[self.pairs[1]]
+
+    def to(self, device: torch.device) -> "Answers":
+        """The same with its tensors on `device`."""
+        logps, reference, side, weight, pairs = (x.to(device) for x in self[:5])
+        return Answers(logps, reference, side, weight, pairs, self.mine)
+
+    @staticmethod
+    def joined(parts: Sequence["Answers"]) -> list["Answers"]:
+        """Those of all of a step's micro-batches, for each of these."""
+        documents, pairs = [0], [0]
+        for part in parts:
+            documents.append(documents[-1] + len(part.side))
+            pairs.append(pairs[-1] + part.pairs.shape[1])
+        logps, reference, side, weight = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
+        of_step = torch.cat([part.pairs + first for part, first in zip(parts, documents, strict=False)], 1)
+        return [Answers(logps, reference, side, weight, of_step, slice(*pairs[i : i + 2])) for i in range(len(parts))]
+
+
 @dataclass(frozen=True)
 class Batch:
     """`T` tokens of `S` documents back to back, P pairs among them; `N` of the positions are labelled.
@@ -59,10 +90,14 @@ class Batch:
     pairs: Tensor = None  # type: ignore[assignment]  # [2, P] int64: the better and the worse document of each pair; left out: none
     margin: Tensor = None  # type: ignore[assignment]  # [P] float: by how much the better one is better; left out: 0
     stored: Tensor | None = None  # [N] float: the reference model's log-probabilities of `labels`; None: read `reference`
+    taught: Tensor | None = None  # [N, K, 2] float: a teacher's K largest log-probabilities and their tokens' ids; None: read `teacher`
     divergence: Tensor | None = None  # scalar: KTO's KL over the whole step; None: read `kl`
+    answers: Answers | None = None  # of the whole step; None: read `step`
+    share: Tensor | None = None  # [N] float: how much of a position `per_sequence` counts; None: all
     totals: Mapping[Unit, float] = field(default_factory=dict)  # unit → its count in the whole step; none: this batch is the step
     cp: dist.ProcessGroup | None = None  # the ranks that share the row
     of_row: Tensor | None = None  # [S] bool: `labelled` of the whole row, after `slice`
+    numbered: Tensor | None = None  # [N] int64: `ordinal` as the whole row has it, after `slice`
     seed: int = 0  # of what is drawn at random for this micro-batch: the same on every grid
 
     def __post_init__(self) -> None:
@@ -89,6 +124,13 @@ class Batch:
         return torch.zeros(self.sequences, dtype=torch.bool, device=self.sequence.device).index_fill(0, self.sequence, True)
 
     @property
+    def ordinal(self) -> Tensor:
+        """`[N]` int64: the number, from 0, of each labelled position among its document's, wherever in the row's ranks these lie."""
+        if self.numbered is not None:
+            return self.numbered
+        return torch.arange(len(self.sequence), device=self.sequence.device) - torch.searchsorted(self.sequence, self.sequence)
+
+    @property
     def reference(self) -> Tensor:
         """`[N]` log-probabilities of `labels` under the reference model. Raises MegamodError where the loss is not marked as needing it."""
         if self.stored is None:
@@ -96,11 +138,35 @@ class Batch:
         return self.stored
 
     @property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """`[N, K]` and `[N, K]`: the tokens that a teacher finds most probable, and its log-probabilities. Raises as `reference` does."""
+        if self.taught is None:
+            raise MegamodError('the loss reads batch.teacher: mark it with @losses.needs("teacher")')
+        return self.taught[..., 1].long(), self.taught[..., 0]
+
+    @property
     def kl(self) -> Tensor:
         """KTO's estimate of KL(model ‖ reference) over the whole step, a scalar ≥ 0 without a gradient. Raises as `reference` does."""
         if self.divergence is None:
             raise MegamodError('the loss reads batch.kl: mark it with @losses.needs("reference", "kl")')
         return self.divergence
+
+    @property
+    def step(self) -> Answers:
+        """All of the step's answers, of which a loss takes what it shall know of the whole step. Raises as `reference` does."""
+        if self.answers is None:
+            raise MegamodError('the loss reads batch.step: mark it with @losses.needs("reference", "step")')
+        return self.answers
+
+    @property
+    def sizes(self) -> Tensor:
+        """`[S]` how many labelled positions each document has, wherever in the row's ranks they lie."""
+        return replace(self, share=None).per_sequence(torch.ones_like(self.sequence))
+
+    def alone(self, logprob: Tensor) -> Answers:
+        """What `step` is where this micro-batch is the whole step. `logprob`: `[N]` log π of the labels before the training pass."""
+        logps, reference = (self.per_sequence(x.detach()) for x in (logprob, self.reference))
+        return Answers(logps, reference, self.side, self.document_weight, self.pairs, slice(0, self.pairs.shape[1]))
 
     def counts(self) -> dict[Unit, Tensor]:
         """How much of each unit this micro-batch holds; summed over the step and the data-parallel ranks they are `totals`.
@@ -125,16 +191,22 @@ class Batch:
         assert width * size == len(self.tokens), "the rows were checked against the grid: parallel.grid.check_rows"
         first = rank * width
         mine = (self.rows >= first) & (self.rows < first + width)
-        labelled = ("labels", "verdict", "weight", "sequence", "stored")
+        labelled = ("labels", "verdict", "weight", "sequence", "stored", "taught", "share")
         columns: dict[str, Any] = {name: value[mine] for name, value in self._tensors() if name in labelled}
         return replace(
-            self, tokens=self.tokens[first : first + width], rows=self.rows[mine] - first, cp=group, of_row=self.labelled, **columns
+            self,
+            tokens=self.tokens[first : first + width],
+            rows=self.rows[mine] - first,
+            cp=group,
+            of_row=self.labelled,
+            numbered=self.ordinal[mine],
+            **columns,
         )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self._tensors()}
-        return replace(self, **moved)
+        return replace(self, **moved, answers=None if self.answers is None else self.answers.to(device))
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(f.name, value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)]
@@ -174,6 +246,7 @@ class Batch:
 
     def per_sequence(self, x: Tensor) -> Tensor:
         """`[N]` → `[S]`: the sum of `x` over each document's labelled positions, wherever in the row's ranks they lie."""
+        x = x if self.share is None else x * self.share.to(x.dtype)
         return all_sum(x.new_zeros(self.sequences).index_add(0, self.sequence, x), self.cp)
 
     def of_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:

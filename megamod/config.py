@@ -95,14 +95,14 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The model that a preference loss compares with: whose log-probabilities are `batch.reference`.
+    """The model that a preference loss compares with, whose log-probabilities are `batch.reference`; or a teacher, `batch.teacher`.
 
     start     the model as the run begins: with a new adapter the base beneath it, with `lora.path` that adapter, frozen beside the
               trained one, and without adapters a second copy of the weights
     base      the base without any adapter, also where the run goes on from one
     adapter   another adapter on the same base, at `path`: a PEFT directory or a checkpoint
-    model     other weights of the same shape, at `path`: a Hugging Face directory
-    stored    what tools/reference_logprobs.py wrote to `path`: no reference model is in memory
+    model     other weights of the same shape, at `path`: a Hugging Face directory; a teacher may have another shape
+    stored    what tools/reference_logprobs.py or teacher_logprobs.py wrote to `path`: no reference model is in memory
     uniform   every answer alike, log-probability 0: reference-free
 
     With `sync_every` the reference follows the trained model (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656): every so many steps
@@ -111,6 +111,7 @@ class ReferenceConfig:
 
     kind: ReferenceKind = "start"
     path: str | None = None
+    top_k: int = 50  # of a teacher: how many of its most probable tokens at each position
     sync_every: int | None = None  # steps; None: it stays as it is
     sync_alpha: float = 1.0  # α; with adapters only 1, since a mixture of two adapters is no adapter of their rank
 
@@ -425,8 +426,19 @@ def _unused_reference(cfg: RunConfig) -> list[tuple[bool, str, str]]:
         raise MegamodError(f"reference.sync_alpha = {r.sync_alpha}: above 0 and at most 1 was expected")
     if "kl" in needs and r.kind == "stored":
         raise MegamodError(f"reference.kind = 'stored': {name} asks the reference about answers to other rows' prompts too: use 'start'")
+    if follows and r.kind == "model" and "reference" not in needs:
+        raise MegamodError(
+            "reference.sync_every: a teacher at reference.path does not follow the model: use kind 'start' for one that does"
+        )
+    if "teacher" in needs and r.kind == "uniform":
+        raise MegamodError(f"reference.kind = 'uniform': {name} learns from a teacher: use 'model' or 'stored'")
+    if {"teacher", "reference"} <= needs and r.kind == "stored":
+        raise MegamodError(f"reference.kind = 'stored': {name} needs a teacher and a reference, and one of them is stored: use 'model'")
+    if r.top_k < 1:
+        raise MegamodError(f"reference.top_k = {r.top_k}: at least 1 was expected")
     return [
-        (r != ReferenceConfig() and "reference" not in needs, "reference", f"the loss {name} needs none"),
+        (r != ReferenceConfig() and not needs & {"reference", "teacher"}, "reference", f"the loss {name} needs none"),
+        (r.top_k != ReferenceConfig.top_k and "teacher" not in needs, "reference.top_k", f"the loss {name} needs no teacher"),
         (r.path is not None and not has, "reference.path", f"reference.kind is {r.kind!r}"),
         (r.sync_alpha != 1.0 and not follows, "reference.sync_alpha", "reference.sync_every is None"),
     ]
@@ -449,6 +461,8 @@ def _check_loss(function: Callable[..., Any]) -> None:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError) as error:
         raise MegamodError(f"loss: {_name(inner)} cannot be called with a head and a batch: {error}") from None
+    for part in losses.parts_of(function):
+        _check_loss(part)
     hints = _annotations(function)
     for name, value in bound.items():
         if name in hints and not _fits(value, hints[name]):
@@ -494,9 +508,12 @@ def _keyword_hint(error: TypeError) -> str:
 def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
     head, *rest = path
     if isinstance(node, functools.partial) or (callable(node) and not dataclasses.is_dataclass(node)):
-        if rest:
+        if not rest:
+            return _rebind(node, head, text, key)
+        part = losses.unbound(node)[1].get(head)  # a loss within a loss: loss.loss.beta
+        if not callable(part):
             raise MegamodError(f"override {key}={text}: {rest[0]!r} is below a plain value")
-        return _rebind(node, head, text, key)
+        return functools.partial(node, **{head: _replace(part, rest, text, key)})
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise MegamodError(f"override {key}={text}: {head!r} is below a plain value")
     names = [f.name for f in dataclasses.fields(node)]

@@ -77,8 +77,12 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
         batches = loader.step(0)
         if "reference" in needs:
             batches = [replace(batch, stored=nothing.expand(len(batch.labels))) for batch in batches]
+        if "teacher" in needs:
+            batches = [replace(batch, taught=nothing.expand(len(batch.labels), cfg.reference.top_k, 2)) for batch in batches]
         if "kl" in needs:
             batches = [replace(batch, divergence=nothing) for batch in batches]
+        if "step" in needs:
+            batches = [replace(batch, answers=batch.alone(batch.reference)) for batch in batches]
         train_step(wrapped, batches, cfg.loss, grid)
         parameters, copied = ([p for chunk in part for p in chunk.parameters()] for part in (chunks, compared))
         # What is in 4 bits, and the buffer in which each of it is made dense in its turn.

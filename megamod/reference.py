@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamod import files, losses
-from megamod.batch import Batch
+from megamod.batch import Answers, Batch
 from megamod.config import RunConfig
 from megamod.data.documents import Documents
 from megamod.data.packing import grouped, micro_batch, pack
@@ -28,7 +28,8 @@ from megamod.model.build import Decoder, build
 from megamod.model.head import Head
 from megamod.model.lora import REFERENCE, Adapters, Plan
 from megamod.model.shape import Shape, read_shape
-from megamod.parallel.collectives import on_first, together
+from megamod.parallel import grid as grids
+from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.step import Chunks, collect, collect_rows
 from megamod.weights import fingerprint, peft
@@ -40,10 +41,15 @@ Place = Literal["nowhere", "copy", "beside", "beneath"]
 WAVE = 16  # packed rows of each data-parallel rank and stage between two parts of what is stored
 
 
+def is_asked(cfg: RunConfig) -> bool:
+    """Whether the loss needs the reference, to compare with or as a teacher."""
+    return bool(losses.needs_of(cfg.loss) & {"reference", "teacher"})
+
+
 def place_of(cfg: RunConfig) -> Place:
     """Where the run's reference is in memory: a second model, an adapter beside the trained one, or the base beneath it."""
     r, lora = cfg.reference, cfg.lora
-    if "reference" not in losses.needs_of(cfg.loss) or r.kind in ("stored", "uniform"):
+    if not is_asked(cfg) or r.kind in ("stored", "uniform"):
         return "nowhere"
     if r.kind == "model" or lora is None:
         return "copy"
@@ -115,16 +121,23 @@ class Reference:
             self.items = [_exact(item) for item in self._followers] if cfg.reference.sync_alpha < 1 else self._followers
 
     def complete(self, batches: Sequence[Batch], mismatched: Callable[[], Sequence[Batch]]) -> list[Batch]:
-        """The micro-batches with `reference` and `kl`, as far as the loss needs them; on the last stage, which alone reads them.
+        """The micro-batches with what the loss needs of `reference`, `teacher`, `kl` and `step`; on the last stage, which alone reads them.
 
         Args:
             mismatched: makes the micro-batches of prompts with other rows' answers: `Loader.mismatched`.
         """
         if "reference" in self._needs:
             batches = self._compared(batches)
+        if "teacher" in self._needs and self._cfg.kind != "stored":
+            with self._using():
+                answers = collect(self._chunks, batches, partial(_taught, top_k=self._cfg.top_k), self._grid)
+            if self._grid.is_last_stage:
+                batches = [replace(batch, taught=taught) for batch, taught in zip(batches, answers, strict=True)]
         if "kl" in self._needs:
             divergence = self._kl(mismatched())
             batches = [replace(batch, divergence=divergence) for batch in batches]
+        if "step" in self._needs:
+            batches = self._answers(batches)
         return list(batches)
 
     def follow(self, step: int) -> None:
@@ -165,9 +178,25 @@ class Reference:
         dist.all_reduce(both, group=self._grid.dp.group)
         return (both[0] / both[1]).clamp(min=0).to(own[0].dtype)
 
+    def _answers(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """What the trained model and the reference say of each document of the step, on every data-parallel rank."""
+        own = collect(self._policy, batches, _logprobs, self._grid)
+        if not self._grid.is_last_stage:
+            return batches
+        by_rank = gathered([batch.alone(logprob) for batch, logprob in zip(batches, own, strict=True)], self._grid.dp.group)
+        before = sum(map(len, by_rank[: self._grid.dp.rank]))
+        found = Answers.joined([part for rank in by_rank for part in rank])[before:]
+        return [replace(batch, answers=answers) for batch, answers in zip(batches, found, strict=False)]
+
 
 def _logprobs(head: Head, batch: Batch) -> Tensor:
     return head.logprobs(batch.labels)
+
+
+def _taught(head: Head, batch: Batch, top_k: int) -> Tensor:
+    """`[N, K, 2]`."""
+    values, ids = head.topk(top_k)
+    return torch.stack([values, ids.to(values.dtype)], -1)
 
 
 def _exact(item: Placed) -> Placed:
@@ -180,8 +209,10 @@ def _exact(item: Placed) -> Placed:
 
 def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[list[Decoder], list[Held]]:
     """A second model, frozen, and where its weights lie. Raises MegamodError."""
-    chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
     path = cfg.reference.path if cfg.reference.kind == "model" else None
+    if path is not None and "reference" not in losses.needs_of(cfg.loss):
+        shape, grid = together(partial(_teacher_on, cfg, path, shape, grid)) or (shape, grid)
+    chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
 
     def filled() -> list[Held]:
         if path is not None and replace(read_shape(path), quantization=None) != replace(shape, quantization=None):
@@ -198,6 +229,22 @@ def _copy(cfg: RunConfig, shape: Shape, grid: Grid, source: Source) -> tuple[lis
     return chunks, items
 
 
+def _teacher_on(cfg: RunConfig, path: str, shape: Shape, grid: Grid) -> tuple[Shape, Grid]:
+    """A teacher's shape, which need not be the model's, and the grid as it cuts the teacher. Raises MegamodError."""
+    theirs, p = replace(read_shape(path), quantization=shape.quantization), cfg.parallel
+    if theirs.vocab != shape.vocab:
+        raise MegamodError(
+            f"reference.path = {path}: a vocabulary of {theirs.vocab:,}, and the model's is {shape.vocab:,}: the same was expected"
+        )
+    split = grids.check(p if theirs.layers == shape.layers else replace(p, layers_per_stage=None), theirs, grid.world)
+    if len({(max(1, p.tp // s.kv_heads), grids.ulysses_of(p, s)) for s in (theirs, shape)}) > 1:
+        raise MegamodError(
+            f"reference.path = {path}: its heads and the model's would be shared by other ranks on tp {p.tp} and cp {p.cp}: use a smaller "
+            f"parallel.cp, or store what it says with tools/teacher_logprobs.py"
+        )
+    return theirs, replace(grid, layers_per_stage=split)
+
+
 def model_at_start(base: str, plan: Plan | None, adapters: Adapters | None, grid: Grid) -> str:
     """Which model a run begins with: the fingerprint of its base, and of the adapter that it goes on from. Every rank calls it."""
     if plan is None or plan.source is None or adapters is None:
@@ -206,7 +253,7 @@ def model_at_start(base: str, plan: Plan | None, adapters: Adapters | None, grid
 
 
 def ask_all(chunks: Chunks, documents: Documents, cfg: RunConfig, grid: Grid, parts: Path, wave: int = WAVE) -> list[Floats] | None:
-    """The log-probabilities of every document's trained tokens, on rank 0; None elsewhere. Every rank calls it.
+    """The log-probabilities of every document's trained tokens, of a teacher the largest, on rank 0; None elsewhere. Every rank calls it.
 
     What is done stays in `parts`, so a killed attempt is gone on with.
 
@@ -221,6 +268,8 @@ def ask_all(chunks: Chunks, documents: Documents, cfg: RunConfig, grid: Grid, pa
     done = on_first(lambda: {i for i in range(len(waves)) if (parts / f"{i:06d}.npz").exists()})
     total = sum(map(len, packed))
     known = sum(len(row) for i in done for row in waves[i])
+    teaches = "teacher" in losses.needs_of(cfg.loss)
+    ask: Callable[[Head, Batch], Tensor] = partial(_taught, top_k=cfg.reference.top_k) if teaches else _logprobs
     bar = tqdm(total=total, initial=known, desc="asking the reference", unit=" texts", delay=3, mininterval=1, disable=grid.rank != 0)
     with bar:
         for i, rows in enumerate(waves):
@@ -228,7 +277,7 @@ def ask_all(chunks: Chunks, documents: Documents, cfg: RunConfig, grid: Grid, pa
                 continue
             found = collect_rows(
                 chunks, rows, lambda row: micro_batch([[documents[n] for n in row]], length),
-                lambda head, batch: _logprobs(head, batch).float(), grid,
+                lambda head, batch: ask(head, batch).float(), grid,
             )  # fmt: skip
             together(partial(_keep, parts / f"{i:06d}.npz", rows, found), acts=grid.rank == 0)
             bar.update(sum(map(len, rows)))

@@ -40,7 +40,7 @@ from megamod.optim import Optimizer, Update, learning_rate
 from megamod.parallel import grid as grids
 from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
-from megamod.reference import Reference, adapter_beside, model_at_start
+from megamod.reference import Reference, adapter_beside, is_asked, model_at_start
 from megamod.saver import Saver
 from megamod.step import train_step
 from megamod.watch import Stop, Stragglers, Watchdog
@@ -130,7 +130,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
-    if stored is not None and newest is None:
+    if stored is not None and newest is None and stored.top_k is None:  # any model may be a teacher
         model = model_at_start(known or fingerprint.of_model(base, grid), plan, adapters, grid)
         together(partial(stored.check, model))
     reference = Reference(cfg, shape, grid, wrapped, items, adapters, source, stored)
@@ -152,7 +152,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         log.say(str(adapters))
     for store in stores:
         log.say(str(store))
-    if "reference" in needs_of(cfg.loss):
+    if is_asked(cfg):
         log.say(f"{loss_name(cfg.loss)} compares with the reference: {reference.identity}")
     log.say(f"{loader.rows} rows of {d.row_length} tokens, {loader.utilisation:.1%} filled")
     if not documents.verdicts:
@@ -359,7 +359,14 @@ def _check_documents(cfg: RunConfig, shape: Shape, documents: Documents) -> None
 def _stored(cfg: RunConfig, documents: Documents) -> Compared | None:
     """The documents with the reference's log-probabilities, where these are stored."""
     path = cfg.reference.path
-    return Compared(documents, path) if cfg.reference.kind == "stored" and path is not None else None
+    if cfg.reference.kind != "stored" or path is None:
+        return None
+    found, expected = Compared(documents, path), cfg.reference.top_k if "teacher" in needs_of(cfg.loss) else None
+    if found.top_k != expected:
+        what = "a reference's log-probabilities" if found.top_k is None else f"a teacher's {found.top_k} most probable tokens"
+        asked = "a reference" if expected is None else f"a teacher with reference.top_k = {expected}"
+        raise MegamodError(f"reference.path = {path}: {what}, and loss {loss_name(cfg.loss)} needs {asked}")
+    return found
 
 
 def _check_reference(newest: Path, reference: str) -> None:

@@ -79,6 +79,10 @@ COMPARED = """RunConfig(
     model=ModelConfig(path="/m", score=Score(("safe", "unsafe"), "multi_label_classification", every_token=True)),
     reference=ReferenceConfig("model", path="/r", sync_every=3, sync_alpha=0.5),
 )"""
+TAUGHT = """RunConfig(
+    dir="runs/t", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train="a.jsonl"),
+    loss=partial(losses.distillation, sft_weight=0.5), reference=ReferenceConfig("model", path="/t", top_k=9),
+)"""
 
 
 def write(folder: Path, expression: str, name: str = "run.py", before: str = "") -> Path:
@@ -259,7 +263,7 @@ def test_wrong_override_of_the_loss_s_keyword(tmp_path: Path, override: str, wro
         assert wrong in complaint(lambda file=file: load(file, [override]))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL, MADE_UP, ADAPTED, COMPARED])
+@pytest.mark.parametrize("expression", [PLAIN.format(""), FULL, MADE_UP, ADAPTED, COMPARED, TAUGHT])
 def test_every_field_takes_its_own_value_unchanged(tmp_path: Path, expression: str) -> None:
     file = write(tmp_path, expression)
     cfg = load(file)
@@ -273,8 +277,8 @@ def test_every_field_takes_its_own_value_unchanged(tmp_path: Path, expression: s
 
 
 def test_no_field_is_left_out(tmp_path: Path) -> None:
-    """Between them FULL, ADAPTED and COMPARED give every field of every dataclass a value that is not its default."""
-    nodes = [node for expression in (FULL, ADAPTED, COMPARED) for node in config_nodes(load(write(tmp_path, expression)))]
+    """Between them FULL, ADAPTED, COMPARED and TAUGHT give every field of every dataclass a value that is not its default."""
+    nodes = [node for expression in (FULL, ADAPTED, COMPARED, TAUGHT) for node in config_nodes(load(write(tmp_path, expression)))]
     changed = {(type(node), f.name) for node in nodes for f in dataclasses.fields(node) if getattr(node, f.name) != f.default}
     own = {c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == config.__name__}
     unseen = {(owner, f.name) for owner in own - {config.Source} for f in dataclasses.fields(owner)} - changed

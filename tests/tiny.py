@@ -71,10 +71,17 @@ SCORED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# A verdict at every token: severities, and categories beside them.
+STREAMED: dict[str, dict[str, Any]] = {
+    "qwen3-stream": {
+        **SCORED["qwen3-tokens"], "id2label": {"0": "safe", "1": "controversial", "2": "unsafe", "3": "a", "4": "b"},
+    },
+}  # fmt: skip
+
 
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model."""
-    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SCORED}[name], **changes}
+    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SCORED, **STREAMED}[name], **changes}
 
 
 @functools.cache

@@ -32,7 +32,8 @@ class _Textbook:
         z = hidden @ weight.t()
         logp = torch.log_softmax(z, -1)
         entropy = -(logp.exp() * logp).sum(-1)
-        return logp.gather(-1, targets[:, None])[:, 0], entropy.detach(), None, z.detach().mean(-1), z.argmax(-1) == targets
+        squares = (2 * logp).logsumexp(-1).detach()
+        return logp.gather(-1, targets[:, None])[:, 0], entropy.detach(), squares, z.detach().mean(-1), z.argmax(-1) == targets
 
 
 @contextmanager

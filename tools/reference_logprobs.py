@@ -22,6 +22,7 @@ from megamod.config import RunConfig
 from megamod.data import stored
 from megamod.data.store import open_documents, prepare_all
 from megamod.errors import MegamodError
+from megamod.losses import needs_of
 from megamod.model.build import build
 from megamod.model.lora import Plan
 from megamod.parallel import grid as grids
@@ -33,10 +34,17 @@ from megamod.weights.load import load
 
 
 def compute(cfg: RunConfig) -> Path:
-    """Ask the model that `cfg` begins with about every document of its data. Every rank calls it. Returns `reference.path`."""
+    """Ask the model that `cfg` begins with about every document of its data, what its loss needs. Every rank calls it.
+
+    Returns:
+        `reference.path`.
+    """
     if cfg.reference.kind != "stored" or cfg.reference.path is None:
         raise MegamodError("reference.kind=stored and reference.path, where to write, were expected")
     out, directory, shape = Path(cfg.reference.path), Path(cfg.dir), model_shape(cfg)
+    top_k = cfg.reference.top_k if "teacher" in needs_of(cfg.loss) else None
+    if top_k is not None and top_k > shape.vocab:
+        raise MegamodError(f"reference.top_k = {top_k}: at most the vocabulary's {shape.vocab:,} was expected")
     grid = grids.start(cfg.parallel, shape, cfg.seed)
     grids.check_rows(cfg, shape, grid.world)
     if out.exists():
@@ -57,14 +65,14 @@ def compute(cfg: RunConfig) -> Path:
     model = model_at_start(known, plan, adapters, grid)
     for chunk in chunks:
         chunk.to(grid.device).requires_grad_(False)
-    key = zlib.crc32(f"{documents.fingerprint()} {model} {cfg.data.row_length} {cfg.model.dtype} {grid}".encode())
+    key = zlib.crc32(f"{documents.fingerprint()} {model} {cfg.data.row_length} {cfg.model.dtype} {grid} {top_k or ''}".encode())
     parts = out.with_name(f".{out.name}.{key:08x}.parts")
     together(lambda: parts.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
     values = ask_all(chunks, documents, cfg, grid, parts)
 
     def finish() -> None:
         assert values is not None
-        stored.write(out, values, documents.fingerprint(), model)
+        stored.write(out, values, documents.fingerprint(), model, top_k)
         shutil.rmtree(parts, ignore_errors=True)
         print(f"{out}: {len(values):,} documents, {sum(map(len, values)):,} log-probabilities of the model {model}")
 

@@ -44,6 +44,7 @@ class Document:
     margin: float = 0.0  # of a pair's better answer: by how much it is better
     classes: Integers | None = None  # [t] int64, for a head of scores: the classes at each token as bits, IGNORED where none is asked
     reference: npt.NDArray[np.floating[Any]] | None = None  # [t]: the reference model's log-probability of each trained token
+    teacher: npt.NDArray[np.floating[Any]] | None = None  # [t, K, 2]: a teacher's K largest log-probabilities in its place, and whose
 
 
 class Documents(Protocol):

@@ -259,7 +259,9 @@ HARMLESS: Judgement = ("safe", ())
 
 
 def _davidson(record: Record) -> Row:
-    return judged([record.text("tweet")], *record.one_of("class", {"0": HATE, "1": OFFENSIVE, "2": HARMLESS}))
+    row = judged([record.text("tweet")], *record.one_of("class", {"0": HATE, "1": OFFENSIVE, "2": HARMLESS}))
+    votes = {"unsafe": "hate_speech", "controversial": "offensive_language", "safe": "neither"}
+    return row | ({"votes": {label: int(record[name]) for label, name in votes.items()}} if "neither" in record else {})
 
 
 def _cold(record: Record) -> Row:
@@ -423,7 +425,7 @@ SETS: dict[str, Source] = {
         "Davidson et al. 2017, tweets", "MIT", "github.com/t-davidson/hate-speech-and-offensive-language", "en",
         {"train": ("labeled_data.csv",), "test": ("labeled_data.csv",)}, ("class", "tweet"), _davidson,
         "class 0 hate speech → unsafe, 1 offensive language → controversial, 2 → safe; id: row number; "
-        "test: the row numbers in `split_seed0.json`, train: all others; repeated texts dropped",
+        "votes: the annotators' of each; test: the row numbers in `split_seed0.json`, train: all others; repeated texts dropped",
         member=by_number("split_seed0.json", "test_row_index_in_file_order", "test"), unique=True,
     ),
     "cold": Source(

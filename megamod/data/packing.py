@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any, TypedDict, overload
 
@@ -354,7 +354,8 @@ def micro_batch(rows: Sequence[Sequence[Document]], capacity: int, pad_id: int =
         side=torch.from_numpy(side),
         pairs=torch.from_numpy(np.stack([better, better + 1])),
         margin=torch.tensor([documents[i].margin for i in better], dtype=torch.float64),
-        stored=_stored(documents, ends, labelled),
+        stored=_stored(documents, labelled, "reference"),
+        taught=_stored(documents, labelled, "teacher"),
     )
 
 
@@ -366,12 +367,15 @@ def _shifted(documents: Sequence[Document], ends: Indices, name: str) -> npt.NDA
     return shifted
 
 
-def _stored(documents: Sequence[Document], ends: Indices, labelled: Indices) -> torch.Tensor | None:
-    """[N] the reference's log-probabilities of the labelled positions, where the documents have them."""
-    if not any(document.reference is not None for document in documents):
+def _stored(documents: Sequence[Document], labelled: Indices, name: str) -> torch.Tensor | None:
+    """[N, …] what a reference or a teacher says of the labelled positions, where the documents have it."""
+    one = next((found for document in documents if (found := getattr(document, name)) is not None), None)
+    if one is None:
         return None
-    found = [d if d.reference is not None else replace(d, reference=np.zeros(len(d.tokens), np.float32)) for d in documents]
-    return torch.from_numpy(_shifted(found, ends, "reference")[labelled])
+    columns = [getattr(d, name) for d in documents]
+    nothing = (np.zeros((len(d.tokens), *one.shape[1:]), np.float32) for d in documents)
+    whole = np.concatenate([zeros if column is None else column for column, zeros in zip(columns, nothing, strict=True)])
+    return torch.from_numpy(np.roll(whole, -1, axis=0)[labelled])  # a document's last position is not labelled
 
 
 def _padding(length: int, pad_id: int) -> Document:

@@ -1,9 +1,10 @@
-"""A reference model's log-probabilities, stored beside the data: what tools/reference_logprobs.py writes and a run reads.
+"""A reference model's log-probabilities, stored beside the data: what tools/reference_logprobs.py writes and a run reads; and a teacher's.
 
     <directory>/
         reference.json  which documents they are of, by which model, and checksums
         offsets.bin     int64 [n+1]: where each document begins in logprobs.bin
-        logprobs.bin    float32: of each document's trained tokens, but for a first one, which nothing predicts
+        logprobs.bin    float32: of each document's trained tokens, but for a first one, which nothing predicts; of a teacher
+                        [K, 2] for each: its largest log-probabilities there, and whose they are
 
 The documents are told by their fingerprint, so by tokens and labels: another template, tokenizer or cut makes other ones.
 """
@@ -35,6 +36,7 @@ class Compared:
     Attributes:
         model: which one they are of: `reference.model_at_start`.
         digest: of which model that is.
+        top_k: K of a teacher; None: a reference's log-probabilities.
 
     Raises:
         MegamodError: nothing stored there, a damaged file, or log-probabilities of other documents.
@@ -53,15 +55,17 @@ class Compared:
         # Which model was asked, not its answers' last bits: computed again on another grid, they are the same reference.
         self.digest = f"{zlib.crc32(self.model.encode()):08x}"
         self._offsets = np.fromfile(root / OFFSETS, "<i8")
-        self._values = np.memmap(root / LOGPROBS, "<f4", "r") if self._offsets[-1] else np.zeros(0, np.float32)
+        self.top_k: int | None = about.get("top_k")
+        values = np.memmap(root / LOGPROBS, "<f4", "r") if self._offsets[-1] else np.zeros(0, np.float32)
+        self._values = values.reshape(-1, *each(self.top_k))
         self.lengths, self.joined, self.side = documents.lengths, documents.joined, documents.side
         self.trained, self.verdicts = documents.trained, documents.verdicts
 
     def __getitem__(self, number: int) -> Document:
         document = self._documents[number]
-        values = np.zeros(len(document.tokens), np.float32)
+        values = np.zeros((len(document.tokens), *self._values.shape[1:]), np.float32)
         values[asked(document)] = self._values[self._offsets[number] : self._offsets[number + 1]]
-        return replace(document, reference=values)
+        return replace(document, reference=values) if self.top_k is None else replace(document, teacher=values)
 
     def check(self, model: str) -> None:
         """Refuse what is stored of another model than the run begins with, `reference.model_at_start`. Raises MegamodError."""
@@ -82,20 +86,26 @@ def asked(document: Document) -> npt.NDArray[np.int64]:
     return at[at > 0]
 
 
-def write(directory: str | Path, values: Sequence[Floats], documents: str, model: str) -> Path:
+def each(top_k: int | None) -> tuple[int, ...]:
+    """The shape of what is stored of a token."""
+    return () if top_k is None else (top_k, 2)
+
+
+def write(directory: str | Path, values: Sequence[Floats], documents: str, model: str, top_k: int | None = None) -> Path:
     """Store the log-probabilities of each document, in their order: all of it, or nothing.
 
     Args:
         documents: their fingerprint.
         model: which one was asked.
+        top_k: of a teacher, as `Compared` has it.
     """
     final = Path(directory)
     draft = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     np.cumsum([0, *map(len, values)]).astype("<i8").tofile(draft / OFFSETS)
-    np.concatenate([np.zeros(0, np.float32), *values]).astype("<f4").tofile(draft / LOGPROBS)
-    about = {"format": FORMAT, "documents": documents, "model": model, "crc32": _crc(draft)}
+    np.concatenate([np.zeros((0, *each(top_k)), np.float32), *values]).astype("<f4").tofile(draft / LOGPROBS)
+    about = {"format": FORMAT, "documents": documents, "model": model, "crc32": _crc(draft)} | ({"top_k": top_k} if top_k else {})
     (draft / MANIFEST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for file in draft.iterdir():
         files.sync(file)

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -35,7 +36,7 @@ CPU_COLUMNS = 8192
 class Statistics(NamedTuple):
     """What one pass over the vocabulary gives at each labelled position, `[N]` each."""
 
-    logprob: Tensor  # log p(id)
+    logprob: Tensor  # log p(id), in the shape of the ids
     logsumexp: Tensor  # log Σ_v exp z_v
     entropy: Tensor  # -Σ_v p_v log p_v
 
@@ -80,11 +81,11 @@ class Head:
             return copy_to_tensor_model_parallel_region(x[self._rows], group=self.tp) if self.shared else x[self._rows]
 
     def statistics(self, ids: Tensor) -> Statistics:
-        """Log-probability of `ids` `[N]`, log-sum-exp and entropy, all from one pass; differentiable. At least fp32."""
+        """Log-probability of `ids` `[N]` or `[N, K]`, log-sum-exp and entropy, all from one pass; differentiable. At least fp32."""
         return Statistics(*self._statistics(ids, entropy=True))
 
     def logprobs(self, ids: Tensor) -> Tensor:
-        """`[N]` log p(ids[i]) at the labelled positions."""
+        """`[N]` log p(ids[i]) at the labelled positions; of ids `[N, K]`, K of them at each, `[N, K]`."""
         return self._statistics(ids, entropy=False)[0]
 
     def logsumexp(self) -> Tensor:
@@ -94,6 +95,24 @@ class Head:
     def entropy(self) -> Tensor:
         """`[N]` entropy of the next token's distribution, in nats."""
         return self.statistics(self._any_id()).entropy
+
+    def mean_logit(self) -> Tensor:
+        """`[N]` the mean of z over the vocabulary, so that less log Σ exp z it is that of log p. It costs no pass; differentiable."""
+        total = self.weight[: self.columns].to(_at_least_fp32(self.weight.dtype)).sum(0)  # [C]
+        z = self.hidden.to(total.dtype) @ total / self.vocab
+        return z if self.tp is None or self.tp.size() == 1 else reduce_from_tensor_model_parallel_region(z, group=self.tp)
+
+    @torch.no_grad()
+    def log_collision(self) -> Tensor:
+        """`[N]` log Σ_v p_v², how likely two draws of the next token agree, without a gradient."""
+        n = len(self.hidden)
+        total = torch.full((n,), float("-inf"), dtype=_at_least_fp32(self.hidden.dtype), device=self.hidden.device)
+        for block in _chunks(self.columns, self._width):
+            z = (self.hidden @ self.weight[block].t()).to(total.dtype)
+            total = torch.logaddexp(total, (2 * z).logsumexp(-1))
+        if self.tp is not None and self.tp.size() > 1:
+            total = gather_from_tensor_model_parallel_region(total[:, None], group=self.tp).logsumexp(-1)
+        return total - 2 * self.logsumexp()
 
     def _statistics(self, ids: Tensor, entropy: bool) -> tuple[Any, ...]:
         """The fields of Statistics; without `entropy`, which costs passes over all logits, None in its place."""
@@ -245,9 +264,11 @@ class _Vocabulary(torch.autograd.Function):
         with_entropy: bool, keep: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         work = _at_least_fp32(hidden.dtype)
-        local, n = ids - first, len(hidden)
+        n = len(hidden)
+        local = (ids[:, None] if ids.dim() == 1 else ids) - first  # [N, K]
         top = torch.full((n,), float("-inf"), dtype=work, device=hidden.device)  # the largest z so far
-        sums = torch.zeros(3, n, dtype=work, device=hidden.device)  # Σ exp(z - top), Σ exp(z - top)·z, z[id]
+        # Σ exp(z - top), Σ exp(z - top)·z, and each z[id]
+        sums = torch.zeros(2 + local.shape[1], n, dtype=work, device=hidden.device)
         kept: dict[int, Tensor] = {}  # a block's first column → its product
         for block in _chunks(columns, width):
             product = hidden @ weight[block].t()  # [N, width]
@@ -255,7 +276,7 @@ class _Vocabulary(torch.autograd.Function):
                 kept[block.start] = product
             z = product.to(work)
             at, here = _within(local, block)
-            sums[2] += torch.where(here, z.gather(-1, at[:, None])[:, 0], 0)
+            sums[2:] += torch.where(here, z.gather(-1, at), 0).t()
             before, top = top, torch.maximum(top, z.amax(-1))
             sums[:2] *= (before - top).exp()
             needed = with_entropy or z is kept.get(block.start)
@@ -273,14 +294,14 @@ class _Vocabulary(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, local, lse, entropy)
         ctx.columns, ctx.width, ctx.kept = columns, width, kept
         ctx.set_materialize_grads(False)  # None says that the entropy's gradient was not asked, and its passes can be left out
-        return sums[2] - lse, lse, entropy
+        return (sums[2:] - lse).t().reshape(ids.shape), lse, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logprob: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, local, lse, entropy = ctx.saved_tensors
-        to_id = torch.zeros_like(lse) if d_logprob is None else d_logprob
-        to_p = -to_id if d_lse is None else d_lse - to_id
+        to_id = torch.zeros(local.shape, dtype=lse.dtype, device=lse.device) if d_logprob is None else d_logprob.reshape(local.shape)
+        to_p = -to_id.sum(-1) if d_lse is None else d_lse - to_id.sum(-1)
         d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if d_weight is not None:
@@ -297,7 +318,7 @@ class _Vocabulary(torch.autograd.Function):
                 p = log_p.exp()
                 dz = log_p.add_(entropy[:, None]).mul_(-d_entropy[:, None]).add_(to_p[:, None]).mul_(p)
             at, here = _within(local, block)
-            dz.scatter_add_(-1, at[:, None], (to_id * here)[:, None])
+            dz.scatter_add_(-1, at, to_id * here)
             dz = dz.to(hidden.dtype)
             if d_hidden is not None and d_hidden.dtype == dz.dtype:
                 d_hidden.addmm_(dz, w)
@@ -309,7 +330,7 @@ class _Vocabulary(torch.autograd.Function):
 
 
 def _within(local: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Each id's column in a block of columns, any column where it is not there, and whether it is there; `[N]` each."""
+    """Each id's column in a block of columns, any column where it is not there, and whether it is there; `[N, K]` each."""
     at = local - block.start
     here = (at >= 0) & (local < block.stop)
     return at.clamp(0, block.stop - block.start - 1), here

@@ -138,6 +138,11 @@ def ulysses_degree(heads: int, kv_heads: int, cp: int) -> int:
     return max(n for n in range(1, cp + 1) if cp % n == 0 and kv_repeats(heads, kv_heads, n) is not None)
 
 
+def ulysses_of(cfg: "ParallelConfig", shape: Shape) -> int:
+    """How many of the cp ranks share the heads that tp leaves a rank."""
+    return ulysses_degree(shape.heads // cfg.tp, max(1, shape.kv_heads // cfg.tp), cfg.cp)
+
+
 def _around(value: int, fits: object, top: int) -> str:
     """The nearest number that fits below and above `value`: '4 or 8'."""
     assert callable(fits)
@@ -265,7 +270,7 @@ def _kv_copies(tp: int, kv_heads: int, world: int, timeout_minutes: int) -> dist
 
 def _halves_of_cp(cfg: "ParallelConfig", shape: Shape, cp: Axis, world: int) -> tuple[Axis, Axis | None]:
     """Neighbours that share the heads, and where these are too few, the ranks that gather keys and values."""
-    degree = ulysses_degree(shape.heads // cfg.tp, max(1, shape.kv_heads // cfg.tp), cfg.cp)
+    degree = ulysses_of(cfg, shape)
     if degree == cfg.cp:
         return cp, None
     ranks = np.arange(world).reshape(-1, cfg.cp, cfg.tp).swapaxes(1, 2)  # [pp·dp, tp, cp]
