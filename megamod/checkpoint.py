@@ -4,23 +4,31 @@
         manifest.json           step, updates, what made it, for each tensor its shape and pieces, and a CRC-32 of all that
         rank-00000.safetensors  this rank's pieces of fp32 masters and Adam's moments (and of a reference model that follows); each
                                 element is in one file only
-    <run>/checkpoints/latest    the name of the newest whole checkpoint; written last
+    <run>/checkpoints/latest    the names of the run's whole checkpoints, the newest first, one a line; written last
 
 A piece is a box of a Hugging Face tensor, with a CRC-32 that is checked when it is read. A checkpoint is written under a
 temporary name, synced and renamed, so a reader sees a whole one or none. Nothing is pickled. The weights are the masters'
 rounding, and are not stored twice.
+
+No state of a random generator is stored, and none of the data's order: whatever a step draws is a function of the seed and of its
+number. When to save, what to keep and how not to wait for it is saver.py's.
 """
 
+import itertools
 import json
+import math
 import os
+import re
 import shutil
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,15 +36,40 @@ from torch import Tensor
 from megamod import files
 from megamod.errors import MegamodError, listed
 from megamod.optim import KINDS, Optimizer
-from megamod.parallel.collectives import gathered, together
+from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.weights.table import Box, Placed, boxes, overlap
 
 FORMAT = 1
 REFERENCE = "reference"  # a kind of tensor beside the optimizer's KINDS
 TRACKER = "latest"
+NONE = "none"  # in the tracker of a run that begins where another was
+MANIFEST = "manifest.json"
 FILE = "rank-{:05d}.safetensors"
+NAME = re.compile(r"step-(\d{8,})(?:-\d+)?")
 Entry = tuple[str, list[int], dict[str, Any]]  # of the manifest: a tensor, its shape, and one stored piece of it
+Copy = Callable[[str, Tensor], Tensor]  # of a tensor, on the CPU, under a name of its own
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank stores of the state after a step: it writes from here, whatever becomes of the state meanwhile."""
+
+    step: int
+    updates: int
+    tensors: Mapping[str, Tensor]  # by key, on the CPU
+    entries: Sequence[Entry]  # without their checksums
+
+
+def snapshot(step: int, optimizer: Optimizer, rank: int, reference: Sequence[Placed] = (), copy: Copy | None = None) -> Snapshot:
+    """This rank's share of the state after `step` steps.
+
+    Args:
+        reference: weights that follow the optimizer's, parameter by parameter: kept beside its moments, in their own dtype.
+        copy: None: what is on the CPU is not copied, and must stay as it is until it is written.
+    """
+    tensors, entries = _own_pieces(optimizer, FILE.format(rank), reference, copy or (lambda _, tensor: tensor.to("cpu")))
+    return Snapshot(step, optimizer.steps, tensors, entries)
 
 
 def save(
@@ -49,20 +82,54 @@ def save(
 ) -> Path:
     """Write the state after `step` steps to `<directory>/step-<step>`; every rank calls it. Returns the path.
 
-    When that is what `latest` names (a run that began again in the same directory), `-again` is added: until the new one is
-    whole, the old one stays.
-
     Args:
         directory: the run's checkpoints; shared by all ranks.
         about: JSON that `resume` hands back: what the caller needs to go on.
-        reference: weights that follow the optimizer's, parameter by parameter: kept beside its moments, in their own dtype.
+        reference: as in `snapshot`.
+
+    Raises:
+        MegamodError: on every rank alike: a write that fails; nothing of it is left then.
     """
-    final, draft = _names(Path(directory), step)
-    file = FILE.format(grid.rank)
-    together(lambda: _prepare(draft), acts=grid.rank == 0)
-    entries = together(lambda: _write_own(_own_pieces(optimizer, file, reference), draft / file))
-    contents = _contents(step, optimizer.steps, about, gathered(entries or []))
-    together(lambda: _finish(contents, draft, final), acts=grid.rank == 0)
+    return store(directory, snapshot(step, optimizer, grid.rank, reference), about, None)
+
+
+def store(
+    directory: str | Path,
+    taken: Snapshot,
+    about: Mapping[str, Any] | None,
+    group: dist.ProcessGroup | None,
+    keep: Callable[[list[str]], list[str]] = list,
+) -> Path:
+    """Write what the ranks of `group` have taken; each calls it, with its own.
+
+    Of a step that `latest` lists already (a run that began again in the same directory, or passed a damaged one over), the new
+    checkpoint has another name: until it is whole, the old one stays.
+
+    Args:
+        group: over which the ranks agree; None: the world.
+        keep: told the new name and those that are listed, the newest first, which of them stay; the others are removed once the new
+            one is whole.
+
+    Returns:
+        The path.
+
+    Raises:
+        MegamodError: as in `save`.
+    """
+    root, rank = Path(directory), dist.get_rank(group)
+    draft = _draft(root, taken.step)
+    file = FILE.format(rank)
+    try:
+        together(lambda: _prepare(draft), acts=rank == 0, group=group)
+        entries = together(lambda: _write_own(taken, draft / file), group=group)
+        contents = _contents(taken.step, taken.updates, about, gathered(entries or [], group))
+        done = together(lambda: _finish(contents, draft, _final(root, taken.step), keep), acts=rank == 0, group=group)
+    except MegamodError:
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+    final = gathered(done, group)[0]
+    assert final is not None
     return final
 
 
@@ -75,11 +142,13 @@ def write(directory: str | Path, step: int, tensors: Mapping[str, Tensor], about
     Raises:
         MegamodError: a write that fails; nothing of it is left then.
     """
-    final, draft = _names(Path(directory), step)
+    root = Path(directory)
+    final, draft = _final(root, step), _draft(root, step)
     file = FILE.format(0)
     try:
         _prepare(draft)
-        _finish(_contents(step, 0, about, [_write_own(_new_pieces(tensors, file), draft / file)]), draft, final)
+        entries = _write_own(Snapshot(step, 0, *_new_pieces(tensors, file)), draft / file)
+        _finish(_contents(step, 0, about, [entries]), draft, final)
     except (OSError, SafetensorError) as error:
         raise MegamodError(f"{final}: cannot be written ({error})") from None
     finally:
@@ -87,25 +156,29 @@ def write(directory: str | Path, step: int, tensors: Mapping[str, Tensor], about
     return final
 
 
-def _names(root: Path, step: int) -> tuple[Path, Path]:
-    """What the checkpoint after `step` steps will be called, and its draft."""
-    usual = f"step-{step:08d}"
-    return root / (usual if _tracked(root) != usual else f"{usual}-again"), root / f".{usual}.tmp"
+def _draft(root: Path, step: int) -> Path:
+    return root / f".step-{step:08d}.tmp"
+
+
+def _final(root: Path, step: int) -> Path:
+    """What the checkpoint after `step` steps will be called: by a name that is not listed."""
+    usual, taken = f"step-{step:08d}", _tracked(root) or []
+    return root / next(name for name in itertools.chain([usual], (f"{usual}-{n}" for n in itertools.count(2))) if name not in taken)
 
 
 def _prepare(draft: Path) -> None:
     draft.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(draft, ignore_errors=True)  # left by a save that was cut short
+    for left in draft.parent.glob(".step-*.tmp"):  # by a save, or a removal, that was cut short
+        shutil.rmtree(left, ignore_errors=True)
     draft.mkdir()
 
 
-def _write_own(pieces: tuple[dict[str, Tensor], list[Entry]], file: Path) -> list[Entry]:
+def _write_own(taken: Snapshot, file: Path) -> list[Entry]:
     """Write a rank's pieces to `file`; their manifest entries."""
-    tensors, entries = pieces
-    if tensors:
-        save_file(tensors, file)
+    if taken.tensors:
+        save_file(dict(taken.tensors), file)
         files.finish(file)
-    return entries
+    return [(name, shape, {**entry, "crc32": _crc(taken.tensors[entry["key"]])}) for name, shape, entry in taken.entries]
 
 
 def _contents(step: int, updates: int, about: Mapping[str, Any] | None, gathered: Sequence[Sequence[Entry]]) -> dict[str, Any]:
@@ -122,34 +195,110 @@ def _merge(gathered: Sequence[Sequence[Entry]]) -> dict[str, dict[str, Any]]:
     return tensors
 
 
-def _finish(manifest: Mapping[str, Any], draft: Path, final: Path) -> None:
-    """The manifest, the directory's name, and last the tracker."""
-    (draft / "manifest.json").write_text(json.dumps({**manifest, "crc32": _json_crc(manifest)}) + "\n", encoding="utf-8")
-    files.sync(draft / "manifest.json")
+def _finish(manifest: Mapping[str, Any], draft: Path, final: Path, keep: Callable[[list[str]], list[str]] = list) -> Path:
+    """The manifest, the directory's name, the tracker, and then away with what does not stay. Returns `final`."""
+    root = final.parent
+    before = [name for name in _candidates(root) if name != final.name]
+    (draft / MANIFEST).write_text(json.dumps({**manifest, "crc32": _json_crc(manifest)}) + "\n", encoding="utf-8")
+    files.sync(draft / MANIFEST)
     files.sync(draft)
-    shutil.rmtree(final, ignore_errors=True)  # what `latest` does not name: a save that was cut short, or a run given up
+    remove(final)  # what is not listed: a save that was cut short, or a run given up
     os.rename(draft, final)
-    files.sync(final.parent)
-    files.replace_text(final.parent / TRACKER, final.name + "\n")
+    files.sync(root)
+    names = keep([final.name, *before])
+    assert names[0] == final.name, "the newest stays"
+    _track(root, names)
+    for name in before:
+        if name not in names:
+            remove(root / name)
+    return final
+
+
+def begin(directory: str | Path, begun: Path | None) -> None:
+    """Let a run's `checkpoints` list those that the one at `begun` continues and itself, or none where it is not there.
+
+    So that what comes is never mistaken for a part of a run that was given up. Nothing is removed.
+    """
+    root = Path(directory)
+    listed_now = _candidates(root)
+    names = listed_now[listed_now.index(begun.name) :] if begun is not None and begun.resolve().parent == root.resolve() else []
+    if names != listed_now:
+        _track(root, names)
+
+
+def _track(root: Path, names: Sequence[str]) -> None:
+    files.replace_text(root / TRACKER, "".join(f"{name}\n" for name in names or [NONE]))
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest whole checkpoint in a run's `checkpoints` directory, or None. Raises MegamodError for a tracker that lies."""
+    """The newest checkpoint in a run's `checkpoints` directory, or None; that it is whole, its reader will see.
+
+    Raises:
+        MegamodError: the tracker names none that is there, and there is no other.
+    """
     root = Path(directory)
-    name = _tracked(root)
-    if name is None:
-        return None
-    if Path(name).name != name or not (root / name / "manifest.json").is_file():
-        raise MegamodError(f"{root / TRACKER}: names {name!r}, where no checkpoint is; put the name of one of its neighbours there")
-    return root / name
+    found = next((root / name for name in _candidates(root) if (root / name / MANIFEST).is_file()), None)
+    if found is None and (root / TRACKER).exists():
+        raise MegamodError(f"{root / TRACKER}: names no checkpoint that is there; put the name of one of its neighbours there")
+    return found
+
+
+def newest(directory: str | Path, grid: Grid) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in a run's `checkpoints` directory; every byte of it was read and checked. Every rank calls it.
+
+    Returns:
+        Its path, None where there is none yet; and what is wrong with newer ones, which were passed over.
+
+    Raises:
+        MegamodError: there are some, and none is whole.
+    """
+    root = Path(directory)
+    passed: list[str] = []
+    for name in on_first(lambda: _candidates(root)):
+        try:
+            verify(root / name, grid)
+        except MegamodError as error:
+            passed.append(str(error))
+        else:
+            return root / name, passed
+    if passed:
+        raise MegamodError(f"{root}: no checkpoint is whole: {listed(passed, 2)}; to begin again, checkpoint.resume=no")
+    return None, passed
+
+
+def verify(path: str | Path, grid: Grid) -> None:
+    """Read every byte of the checkpoint at `path` and check it; every rank calls it, and reads its share of the files.
+
+    A rank of the grid that saved reads the file that it wrote, which is the one it will need.
+
+    Raises:
+        MegamodError: on every rank alike: damaged, or of another format.
+    """
+
+    def read() -> None:
+        by_file: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for tensor in _manifest(Path(path))["tensors"].values():
+            for entry in tensor["pieces"]:
+                by_file[entry["file"]].append(entry)
+        for file in sorted(by_file)[grid.rank :: grid.world]:
+            opened: dict[str, Any] = {}
+            for entry in by_file[file]:
+                _read(Path(path), entry, opened)
+
+    together(read)
 
 
 def at(directory: str | Path, step: int) -> Path | None:
-    """The whole checkpoint after step `step`, the newer of two; None where there is none."""
-    usual = f"step-{step:08d}"
-    found = [Path(directory) / name / "manifest.json" for name in (usual, f"{usual}-again")]
-    found = [file for file in found if file.is_file()]
-    return max(found, key=lambda file: file.stat().st_mtime_ns).parent if found else None
+    """The checkpoint after step `step`, the newer of two; None where there is none."""
+    root = Path(directory)
+    return next((root / name for name in _candidates(root) if step_of(name) == step and (root / name / MANIFEST).is_file()), None)
+
+
+def step_of(name: str) -> int:
+    """The step that is in a checkpoint's name."""
+    match = NAME.fullmatch(name)
+    assert match is not None, f"{name} is no checkpoint's name"
+    return int(match[1])
 
 
 def read_about(path: str | Path) -> tuple[int, dict[str, Any]]:
@@ -176,9 +325,13 @@ def resume(path: str | Path, optimizer: Optimizer, reference: Sequence[Placed] =
 
 
 def remove(path: str | Path) -> None:
-    """Remove the checkpoint at `path`; without its manifest first, so that what is left of a kill is none."""
-    (Path(path) / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove the checkpoint at `path`, if there is one: at once under its name, so that a kill leaves none that is half there."""
+    path = Path(path)
+    if path.is_dir():
+        away = path.with_name(f".{path.name}.gone.tmp")  # what a kill leaves of it the next save removes
+        shutil.rmtree(away, ignore_errors=True)
+        os.rename(path, away)
+        shutil.rmtree(away, ignore_errors=True)
 
 
 class _Stored:
@@ -247,23 +400,23 @@ def _fill(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer, referen
             stored.fill(piece.of(item.param.detach()), piece.hf, REFERENCE, (piece.offset, piece.size))
 
 
-def _own_pieces(optimizer: Optimizer, file: str, reference: Sequence[Placed]) -> tuple[dict[str, Tensor], list[Entry]]:
+def _own_pieces(optimizer: Optimizer, file: str, reference: Sequence[Placed], copy: Copy) -> tuple[dict[str, Tensor], list[Entry]]:
     """What this rank writes: tensors by key, and their manifest entries."""
     tensors: dict[str, Tensor] = {}
     entries = []
     theirs = {piece: item.param.detach() for item in reference for piece in item.pieces}
-    for segment in optimizer.segments:
+    for number, segment in enumerate(optimizer.segments):
         piece = segment.piece
         if not piece.owned:
             continue
         kinds = {kind: optimizer.tensor(segment, kind) for kind in KINDS}
         if piece in theirs:
             kinds[REFERENCE] = piece.of(theirs[piece]).reshape(-1)[segment.start : segment.stop]
+        copies = {kind: copy(f"{number}|{kind}", values) for kind, values in kinds.items()}
         for start, stop, box in boxes(piece, segment.start, segment.stop):
-            for kind, values in kinds.items():
-                data = values[start - segment.start : stop - segment.start].to("cpu").contiguous().clone()
-                entry = _entry(piece.hf, kind, data, box, file)
-                tensors[entry["key"]] = data
+            for kind, values in copies.items():
+                entry = _entry(piece.hf, kind, box, file)
+                tensors[entry["key"]] = values[start - segment.start : stop - segment.start]
                 entries.append((piece.hf, list(piece.shape), entry))
     return tensors, entries
 
@@ -275,18 +428,16 @@ def _new_pieces(masters: Mapping[str, Tensor], file: str) -> tuple[dict[str, Ten
     for name, tensor in masters.items():
         master = tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)).flatten()
         for kind in KINDS:
-            data = master.clone() if kind == "master" else torch.zeros_like(master)
-            entry = _entry(name, kind, data, ((0,) * tensor.dim(), tuple(tensor.shape)), file)
-            tensors[entry["key"]] = data
+            entry = _entry(name, kind, ((0,) * tensor.dim(), tuple(tensor.shape)), file)
+            tensors[entry["key"]] = master.clone() if kind == "master" else torch.zeros_like(master)
             entries.append((name, list(tensor.shape), entry))
     return tensors, entries
 
 
-def _entry(name: str, kind: str, data: Tensor, box: Box, file: str) -> dict[str, Any]:
-    """What the manifest says of one stored piece."""
+def _entry(name: str, kind: str, box: Box, file: str) -> dict[str, Any]:
+    """What the manifest says of one stored piece, before its checksum."""
     offset, size = box
-    key = f"{name}|{kind}|{','.join(map(str, offset))}"
-    return {"kind": kind, "file": file, "key": key, "offset": offset, "size": size, "crc32": _crc(data)}
+    return {"kind": kind, "file": file, "key": f"{name}|{kind}|{','.join(map(str, offset))}", "offset": offset, "size": size}
 
 
 def _check_model(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:
@@ -301,13 +452,13 @@ def _check_model(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) 
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
+    file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT
     except OSError as error:
         raise MegamodError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MegamodError(f"{file}: damaged ({error})") from None
     if not known:
         raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}")
@@ -320,14 +471,14 @@ def _read(path: Path, entry: Mapping[str, Any], opened: dict[str, Any]) -> Tenso
     """A stored piece, its checksum verified."""
     name, key = entry["file"], entry["key"]
     if name not in opened and not _is_inside(path, name):
-        raise MegamodError(f"{path / 'manifest.json'}: {name!r} must be a bare *.safetensors name inside the directory")
+        raise MegamodError(f"{path / MANIFEST}: {name!r} must be a bare *.safetensors name inside the directory")
     try:
         if name not in opened:
             opened[name] = safe_open(path / name, framework="pt", device="cpu")
         data: Tensor = opened[name].get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise MegamodError(f"{path / name}: cannot be read ({error}); resume from an earlier checkpoint") from None
-    if _crc(data) != entry["crc32"]:
+    if data.numel() != math.prod(entry["size"]) or _crc(data) != entry["crc32"]:
         raise MegamodError(f"{path / name}: {key} fails its checksum; resume from an earlier checkpoint")
     return data
 
@@ -341,12 +492,23 @@ def _is_inside(directory: Path, name: Any) -> bool:
         return False
 
 
-def _tracked(root: Path) -> str | None:
-    """What the tracker says, if there is one."""
+def _tracked(root: Path) -> list[str] | None:
+    """The names that the tracker lists, the newest first; None where it is not there or says nothing that is understood."""
     try:
-        return (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+        words = (root / TRACKER).read_text(encoding="utf-8", errors="replace").split()
+    except (FileNotFoundError, IsADirectoryError):
         return None
+    names = [name for name in dict.fromkeys(words) if NAME.fullmatch(name)]
+    return names if names or words == [NONE] else None
+
+
+def _candidates(root: Path) -> list[str]:
+    """Checkpoints to go on from, the newest first: those that the tracker lists or, without it, those that are there."""
+    tracked = _tracked(root)
+    if tracked is not None:
+        return tracked
+    there = [path.name for path in root.glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(there, key=lambda name: (step_of(name), name), reverse=True)
 
 
 def _json_crc(manifest: Mapping[str, Any]) -> int:

@@ -190,6 +190,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     no_decay: tuple[str, ...] = ()  # regular expressions of Hugging Face names, beside vectors, which never decay
     clip_grad: float | None = 1.0  # the global norm that gradients are scaled down to; None: never
+    max_skips: int = 3  # steps in a row whose loss or gradients are not finite, which change nothing; then the run ends
     overlap_grad_reduce: bool = False  # reduce gradients in buckets while the backward pass goes on
 
 
@@ -198,7 +199,12 @@ class CheckpointConfig:
     """What a run leaves behind to go on from, and to use."""
 
     every: int | None = None  # steps between saves; None: only at the end
-    resume: Literal["auto", "no"] = "auto"  # auto: from the newest checkpoint in the run's directory, if there is one
+    keep_last: int | None = None  # how many of the newest stay, beside the best; None: all that `every` schedules
+    keep_every: int | None = None  # steps whose multiples stay, too
+    asynchronous: bool = True  # written while the run goes on, from a copy in host memory; False: the run waits
+    resume: str = "auto"  # auto: from the newest whole checkpoint in the run's directory; no: begin again; or the path of one
+    stop_at: int | None = None  # seconds since the epoch: end after the step at hand then, as after SIGTERM or SIGUSR1, saved
+    requeue_file: str | None = None  # made when the run has ended before its last step so, for a launcher that starts it again
     export: bool = False  # write a Hugging Face directory at the end: <run>/hf/step-<steps>
 
 
@@ -209,6 +215,8 @@ class LogConfig:
     every: int = 1  # steps between lines
     tensorboard: bool = True
     peak_tflops: float | None = None  # the GPU's dense peak in `model.dtype`, for MFU; None: known GPUs only
+    stacks_after_minutes: float = 10.0  # a step that takes longer leaves what every rank is doing in <run>/stacks
+    stragglers_every: int = 100  # steps between looks for ranks that are slow
 
 
 @dataclass(frozen=True)
@@ -309,6 +317,11 @@ def check(cfg: RunConfig) -> None:
         (p.sp and p.tp == 1, "parallel.sp", "parallel.tp is 1"),
         (p.vpp > 1 and p.pp == 1, "parallel.vpp", "parallel.pp is 1"),
         (p.layers_per_stage is not None and p.pp == 1, "parallel.layers_per_stage", "parallel.pp is 1"),
+        (
+            cfg.checkpoint.keep_every is not None and cfg.checkpoint.keep_last is None,
+            "checkpoint.keep_every",
+            "checkpoint.keep_last is None, and all that are scheduled stay",
+        ),
         (bool(o.no_decay) and o.weight_decay == 0, "optim.no_decay", "optim.weight_decay is 0"),
         (
             cfg.data.chat != ChatConfig() and isinstance(cfg.data.train, SyntheticData) and cfg.eval is None,
@@ -350,6 +363,8 @@ def check(cfg: RunConfig) -> None:
             raise MegamodError(f"model.recompute_modules: {module!r}, {nearest(module, choices)}")
     least: list[tuple[str, float | None, float]] = [
         ("steps", cfg.steps, 1), ("seed", cfg.seed, 0), ("log.every", cfg.log.every, 1), ("checkpoint.every", cfg.checkpoint.every, 1),
+        *((f"checkpoint.{n}", getattr(cfg.checkpoint, n), 1) for n in ("keep_last", "keep_every")), ("optim.max_skips", o.max_skips, 1),
+        ("log.stragglers_every", cfg.log.stragglers_every, 1),
         ("data.row_length", cfg.data.row_length, 1), ("data.rows_per_step", cfg.data.rows_per_step, 1),
         ("data.rows_per_micro_batch", cfg.data.rows_per_micro_batch, 1), ("optim.lr", o.lr, 0), ("optim.warmup_steps", o.warmup_steps, 0),
         ("optim.weight_decay", o.weight_decay, 0), ("optim.min_lr", o.min_lr, 0), ("optim.decay_steps", o.decay_steps, 1),
@@ -365,7 +380,11 @@ def check(cfg: RunConfig) -> None:
     for key, value, bound in least:
         if value is not None and not value >= bound:
             raise MegamodError(f"{key} = {value}: must be at least {bound}")
-    above: list[tuple[str, float | None]] = [("optim.clip_grad", o.clip_grad), ("log.peak_tflops", cfg.log.peak_tflops)]
+    above: list[tuple[str, float | None]] = [
+        ("optim.clip_grad", o.clip_grad),
+        ("log.peak_tflops", cfg.log.peak_tflops),
+        ("log.stacks_after_minutes", cfg.log.stacks_after_minutes),
+    ]
     if lora is not None:
         above += [("lora.lora_alpha", lora.lora_alpha), ("lora.loraplus_lr_ratio", lora.loraplus_lr_ratio)]
         above += [(f"lora.alpha_pattern: {name!r}", alpha) for name, alpha in lora.alpha_pattern.items()]

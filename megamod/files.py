@@ -1,9 +1,14 @@
 """Writing files so that a reader finds the old bytes or the new ones, whole, whatever is killed when."""
 
+import errno
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from megamod.errors import MegamodError, expected
 
 
 def sync(path: Path) -> None:
@@ -42,3 +47,31 @@ def finish(file: Path) -> None:
     """
     file.chmod(file.parent.stat().st_mode & 0o666)
     sync(file)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold `directory`, made if it is not there, against others who would: its file `lock` says who does. Ends with the process, too.
+
+    Raises:
+        MegamodError: another process holds it, or it cannot be written.
+    """
+    file = directory / "lock"
+    with expected("a directory that can be written"):
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "it has not said who it is"
+            raise MegamodError(f"{directory}: another run is at work here ({holder}): use another dir, or end that one") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # storage without locks: nobody is kept out
+                raise
+        with expected("room for a line", file):
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megamod import files
 from megamod.config import LogConfig, RunConfig, as_json
+from megamod.watch import Spikes
 
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
@@ -39,6 +40,7 @@ class Log:
         self.peak = cfg.peak_tflops or _known_peak(device)
         self._began, self._first, self._last = time.perf_counter(), first, time.perf_counter()
         self._tokens, self._flops, self._since = 0, 0.0, 0
+        self._spikes, self._lost = Spikes(), False
         self._pending: tuple[int, Mapping[str, float | torch.Tensor]] | None = None
         if active:
             directory.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,8 @@ class Log:
         eta = (now - self._began) / max(1, number - self._first) * (self.steps - number)
         print(f"step {number}/{self.steps} · {_line(record)} · ETA {timedelta(seconds=round(eta))}", flush=True)
         self._keep(number, record)
+        if spike := self._spikes.found(number, numbers["loss"]):
+            self.say(spike)
 
     def validation(self, number: int, values: Mapping[str, float | None], seconds: float) -> None:
         """After a validation that follows step `number` and took `seconds`, which count as no step's: what it found, by name."""
@@ -94,11 +98,16 @@ class Log:
     def _keep(self, number: int, record: Mapping[str, float]) -> None:
         # JSON has no NaN and no infinity: such a number is null there; the printed line and TensorBoard say which it is.
         finite = {name: x if math.isfinite(x) else None for name, x in record.items()}
-        self._metrics.write(json.dumps({"step": number, **finite}, allow_nan=False) + "\n")
-        self._metrics.flush()
-        if self._board is not None:
-            for name, value in record.items():
-                self._board.add_scalar(name, value, number)
+        try:
+            self._metrics.write(json.dumps({"step": number, **finite}, allow_nan=False) + "\n")
+            self._metrics.flush()
+            if self._board is not None:
+                for name, value in record.items():
+                    self._board.add_scalar(name, value, number)
+        except OSError as error:  # a run does not die of its log
+            if not self._lost:
+                self.say(f"metrics.jsonl and TensorBoard: {error.strerror}: what could not be written is only printed")
+            self._lost = True
 
     def close(self) -> None:
         if self.active:

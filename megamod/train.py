@@ -5,17 +5,21 @@ torchrun --nproc-per-node 2 -m megamod.train configs/tiny.py parallel.tp=2
 
 import argparse
 import math
+import os
+import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megamod import checkpoint, config, optim
+from megamod import checkpoint, config, files, optim
 from megamod.batch import Batch
 from megamod.command import command
 from megamod.config import RunConfig, loss_name
@@ -32,11 +36,14 @@ from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Plan
 from megamod.model.shape import Shape, read_shape
-from megamod.optim import Optimizer, learning_rate
+from megamod.optim import Optimizer, Update, learning_rate
 from megamod.parallel import grid as grids
 from megamod.parallel.collectives import gathered, on_first, together
+from megamod.parallel.grid import Grid
 from megamod.reference import Reference, adapter_beside, model_at_start
+from megamod.saver import Saver
 from megamod.step import train_step
+from megamod.watch import Stop, Stragglers, Watchdog
 from megamod.weights import fingerprint, peft
 from megamod.weights.bitsandbytes import quantised, quantization_at
 from megamod.weights.export import check as check_export
@@ -53,28 +60,31 @@ def train(cfg: RunConfig) -> Path:
     Raises:
         MegamodError: whatever the user can mend, before the first step where that is possible.
     """
-    try:
-        return _train(cfg)
-    except MegamodError:
-        grids.stop()
-        raise
-
-
-def _train(cfg: RunConfig) -> Path:
-    shape = model_shape(cfg)
-    if cfg.deterministic:
-        torch.use_deterministic_algorithms(True)
-    grid = grids.start(cfg.parallel, shape, cfg.seed)
-    grids.check_rows(cfg, shape, grid.world)
     directory = Path(cfg.dir)
+    with ExitStack() as held:
+        try:
+            shape = model_shape(cfg)
+            if cfg.deterministic:
+                torch.use_deterministic_algorithms(True)
+            grid = grids.start(cfg.parallel, shape, cfg.seed)
+            grids.check_rows(cfg, shape, grid.world)
+            together(lambda: held.enter_context(files.locked(directory)), acts=grid.rank == 0)
+            _train(cfg, shape, grid, directory)
+        except MegamodError:
+            grids.stop()
+            raise
+    grids.stop()
+    return directory
+
+
+def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
     checkpoints, exports = directory / "checkpoints", directory / ("hf" if cfg.lora is None else "peft")
-    newest = checkpoint.latest(checkpoints) if cfg.checkpoint.resume == "auto" else None
+    newest, passed = _begun(cfg, checkpoints, grid)
     plan = together(lambda: _plan(cfg, shape, newest))
     optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
 
     d = cfg.data
     stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data", shape.score))
-    together(lambda: directory.mkdir(parents=True, exist_ok=True), acts=grid.rank == 0)
     together(lambda: _see(directory))
     documents = together(lambda: open_documents(d, [store.path for store in stores], shape.vocab, cfg.seed))
     assert documents is not None
@@ -144,43 +154,68 @@ def _train(cfg: RunConfig) -> Path:
     log.say(f"{loader.rows} rows of {d.row_length} tokens, {loader.utilisation:.1%} filled")
     if not documents.verdicts:
         log.say("no document marks verdict tokens: a loss that weighs them has none to weigh")
+    for fault in passed:
+        log.say(f"passed over: {fault}")
     if newest is not None:
         log.say(f"resumed after step {first} from {newest}")
 
     stopped = validation.stops if validation is not None else None
-    while done < cfg.steps and stopped is None:
-        batches = reference.complete(loader.step(done), partial(loader.mismatched, done, grid.pp.size))
-        with during(f"loss {loss_name(cfg.loss)}, step {done + 1}"):
-            metrics = train_step(wrapped, batches, cfg.loss, grid)
-        lr = learning_rate(cfg.optim, done, cfg.steps)
-        update = optimizer.step(lr)
-        done += 1
-        if update.skipped:
-            together(partial(_check_finite, cfg, done, metrics))
-        reference.follow(done)
-        flops = grid.dp.size * sum(_flops(shape, plan, batch) for batch in batches)
-        values = {**metrics, "lr": lr, "grad_norm": update.grad_norm, **({"skipped": 1.0} if update.skipped else {})}
-        log.step(done, values, tokens=d.rows_per_step * d.row_length, flops=flops)
-        if validation is not None and validation.is_due(done):
-            began = time.perf_counter()
-            found = validation.run(done, chunks, grid)
-            log.validation(done, found, time.perf_counter() - began)
-            stopped = validation.stops
-        is_best = validation is not None and validation.kept == done
-        if done == cfg.steps or stopped is not None or is_best or _is_scheduled(cfg, done):
-            log.say(f"saved {checkpoint.save(checkpoints, done, optimizer, grid, about, reference.items)}")
-            together(partial(_forget_beaten, cfg, checkpoints, validation), acts=grid.rank == 0)
+    interrupted, best = None, validation.kept if validation is not None else None
+    skips = 0  # in a row
+    stragglers = Stragglers(wrapped, grid)
+    watchdog = Watchdog(directory / "stacks", grid.rank, 60 * cfg.log.stacks_after_minutes, log.say)
+    background = grids.background(cfg.parallel.timeout_minutes)
+    with (
+        Saver(checkpoints, cfg.checkpoint, grid, background, newest, log.say) as saver,
+        watchdog,
+        Stop(cfg.checkpoint.stop_at, grid) as stop,
+    ):
+        while done < cfg.steps and stopped is None and (interrupted := stop.asked()) is None:
+            watchdog.beat(done + 1)
+            _seed(cfg.seed, done, grid)
+            batches = reference.complete(loader.step(done), partial(loader.mismatched, done, grid.pp.size))
+            with during(f"loss {loss_name(cfg.loss)}, step {done + 1}"):
+                metrics = train_step(wrapped, batches, cfg.loss, grid)
+            lr = learning_rate(cfg.optim, done, cfg.steps)
+            update = optimizer.step(lr)
+            done += 1
+            skips = skips + 1 if update.skipped else 0
+            if skips == cfg.optim.max_skips:
+                _refuse(cfg, done, metrics, update, batches, directory, grid)
+            reference.follow(done)
+            flops = grid.dp.size * sum(_flops(shape, plan, batch) for batch in batches)
+            values = {**metrics, "lr": lr, "grad_norm": update.grad_norm, **({"skipped": 1.0} if update.skipped else {})}
+            log.step(done, values, tokens=d.rows_per_step * d.row_length, flops=flops)
+            if done % cfg.log.stragglers_every == 0 and (slow := stragglers.found()):
+                log.say(slow)
+            watchdog.rest()
+            if validation is not None and validation.is_due(done):
+                began = time.perf_counter()
+                found = validation.run(done, chunks, grid)
+                log.validation(done, found, time.perf_counter() - began)
+                stopped = validation.stops
+            best = validation.kept if validation is not None else None
+            if done == cfg.steps or stopped is not None or best == done or _is_scheduled(cfg, done):
+                saver.save(done, optimizer, about, reference.items, best)
+        if interrupted is not None and done > saver.step:
+            saver.save(done, optimizer, about, reference.items, best)
+        saver.finish()
 
+    stragglers.close()
+    if interrupted is not None:
+        log.say(f"stopped after step {done} of {cfg.steps}: {interrupted}; the same command goes on from there")
+        together(partial(_ask_again, cfg.checkpoint.requeue_file), acts=grid.rank == 0)
+        log.close()
+        return
     if stopped is not None:
         log.say(f"stopped after step {done}: {stopped}")
     if cfg.checkpoint.export:
-        best = validation.kept if validation is not None else None
         target = exports / f"step-{best or done:08d}"
         if target.exists():  # the run had ended before, and was only asked again
             log.say(f"exported before: {target}")
         elif plan is not None:
-            saved = checkpoint.at(checkpoints, best or done)
-            assert saved is not None, "the last step is saved, and a step without a checkpoint is never the best: Validation"
+            saved = together(partial(_saved, checkpoints, best or done))
+            assert saved is not None
             together(lambda: peft.export(saved, target, shape, texts=texts), acts=grid.rank == 0)
             log.say(f"exported {target}")
         else:
@@ -194,8 +229,42 @@ def _train(cfg: RunConfig) -> Path:
         assert after == before, "adapters leave the base as it is"
         log.say(f"the base is as it was: {after}")
     log.close()
-    grids.stop()
-    return directory
+
+
+def _begun(cfg: RunConfig, checkpoints: Path, grid: Grid) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is wrong with newer ones. Whoever starts a run again means it to go on."""
+    asked = cfg.checkpoint.resume
+    is_again = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    newest, passed = checkpoint.newest(checkpoints, grid) if asked == "auto" or is_again else (None, [])
+    if newest is not None or asked in ("auto", "no"):
+        return newest, passed
+    with during(f"checkpoint.resume = {asked}"):
+        checkpoint.verify(asked, grid)
+    return Path(asked), passed
+
+
+def _seed(seed: int, step: int, grid: Grid) -> None:
+    """What a loss of the user's own draws is a function of the step too; tensor-parallel ranks, which do the same, draw the same."""
+    drawn = int(np.random.SeedSequence([seed, step, grid.dp.rank, grid.cp.rank]).generate_state(1)[0])
+    random.seed(drawn)
+    np.random.seed(drawn)  # noqa: NPY002 — it is theirs
+    torch.manual_seed(drawn)
+
+
+def _ask_again(file: str | None) -> None:
+    if file is not None:
+        files.replace_text(Path(file), "")
+
+
+def _refuse(
+    cfg: RunConfig, step: int, metrics: Mapping[str, float | Tensor], update: Update, batches: Sequence[Batch], directory: Path, grid: Grid
+) -> NoReturn:
+    """End a run whose steps change nothing any more. Raises MegamodError, on every rank the same."""
+    losses = [loss for loss in gathered(float(metrics["loss"]) if metrics else None) if loss is not None]
+    what = f"its value is {losses[0]}" if not math.isfinite(losses[0]) else f"the norm of its gradients is {update.grad_norm}"
+    raise MegamodError(
+        f"loss {loss_name(cfg.loss)}, step {step}: {what}, and {cfg.optim.max_skips} steps in a row were skipped: finite ones were expected"
+    )
 
 
 def _is_scheduled(cfg: RunConfig, step: int) -> bool:
@@ -212,23 +281,22 @@ def _validation(cfg: RunConfig, shape: Shape, directory: Path, done: int) -> Val
     )
 
 
-def _forget_beaten(cfg: RunConfig, checkpoints: Path, validation: Validation | None) -> None:
-    """Remove what was kept for being the best and is not any more, unless the schedule keeps it or the run would resume from it."""
-    newest = checkpoint.latest(checkpoints)
-    for step in validation.beaten if validation is not None else ():
-        old = checkpoint.at(checkpoints, step)
-        if old is not None and old != newest and not _is_scheduled(cfg, step):
-            checkpoint.remove(old)
-
-
 def _restore(checkpoints: Path, best: int | None, done: int, optimizer: Optimizer, log: Log) -> None:
     """The weights of the best step, where that is not the last."""
     if best is None or best == done:
         return
-    saved = checkpoint.at(checkpoints, best)
-    assert saved is not None, "a step without a checkpoint is never the best: Validation"
+    saved = together(partial(_saved, checkpoints, best))
+    assert saved is not None
     log.say(f"the best step is {best}")
     checkpoint.resume(saved, optimizer)
+
+
+def _saved(checkpoints: Path, step: int) -> Path:
+    """The checkpoint after step `step`. Raises MegamodError where the save failed."""
+    found = checkpoint.at(checkpoints, step)
+    if found is None:
+        raise MegamodError(f"{checkpoints}: step {step} was to be exported, and could not be saved")
+    return found
 
 
 def _check_exports(shape: Shape, cfg: RunConfig, exports: Path, first: int) -> None:
@@ -288,12 +356,6 @@ def _check_reference(newest: Path, reference: str) -> None:
     before = checkpoint.read_about(newest)[1].get("reference", reference)
     if before != reference:
         raise MegamodError(f"{newest}: its loss was compared with the reference {before!r}, this run has {reference!r}")
-
-
-def _check_finite(cfg: RunConfig, step: int, metrics: Mapping[str, float | Tensor]) -> None:
-    """Refuse a loss that is no number; a gradient alone may overflow now and then. Raises MegamodError."""
-    if metrics and not math.isfinite(value := float(metrics["loss"])):
-        raise MegamodError(f"loss {loss_name(cfg.loss)}, step {step}: its value is {value}: a finite number was expected")
 
 
 def _see(directory: Path) -> None:

@@ -77,8 +77,8 @@ def sum_marked(params: Iterable[nn.Parameter]) -> None:
             grad.copy_(total.view_as(grad))
 
 
-def together(step: Callable[[], T], *, acts: bool = True) -> T | None:
-    """Take `step` on the ranks of the world that act in it; if it fails on one, raise its fault on all, so that none waits.
+def together(step: Callable[[], T], *, acts: bool = True, group: dist.ProcessGroup | None = None) -> T | None:
+    """Take `step` on the ranks of `group` (None: the world) that act in it; if it fails on one, raise its fault on all: none waits.
 
     Raises:
         MegamodError: the fault of the first rank that has one: its own, or what an operating-system error means.
@@ -93,7 +93,7 @@ def together(step: Callable[[], T], *, acts: bool = True) -> T | None:
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         fault = f"{where}rank {dist.get_rank()}: {text}"
-    first = next((f for f in gathered(fault) if f is not None), None)
+    first = next((f for f in gathered(fault, group) if f is not None), None)
     if first is not None:
         raise MegamodError(first)
     return result

@@ -226,6 +226,13 @@ def start(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.devi
     )
 
 
+def background(timeout_minutes: int) -> dist.ProcessGroup:
+    """A group of all ranks for a thread beside the steps; on the CPU, whatever the device. Every rank calls it."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    assert group is not None
+    return group
+
+
 def stop() -> None:
     """Forget the grid and free every group but the world's; the processes stay joined. For worlds that outlive a grid."""
     parallel_state.destroy_model_parallel()  # forgets its groups but frees none: each would keep its threads
