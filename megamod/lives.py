@@ -1,4 +1,5 @@
-"""The lives of a run: it is started, killed and started again, and what it leaves must be, to the bit, what an undisturbed run leaves.
+"""The lives of a run: it is started, killed and started again, and what it leaves must be, to the bit, what an undisturbed run
+leaves.
 
 `Nursery` forks the ranks of a life from a process that has imported everything, so that a life costs a second and not fifteen; `Launched`
 is torchrun, as a user calls it. What checkpoints hold is read here from their manifests and files alone: a judge that shares no code with
@@ -14,12 +15,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -64,7 +66,8 @@ class Nursery:
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self._said.open("w") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megamod.lives"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment, text=True
+                [sys.executable, "-m", "megamod.lives"], env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
             )  # fmt: skip
 
     def __enter__(self) -> "Nursery":
@@ -203,7 +206,7 @@ def newest(run: Path) -> Path | None:
         names = (run / "checkpoints" / "latest").read_text(encoding="utf-8").split()
     except FileNotFoundError:
         return None
-    return run / "checkpoints" / names[0] if names else None
+    return run / "checkpoints" / names[0] if names and names[0].startswith("step-") else None
 
 
 def steps_logged(run: Path) -> int:
@@ -212,7 +215,7 @@ def steps_logged(run: Path) -> int:
 
 
 def checkpoints_differ(one: Path, other: Path) -> Iterator[str]:
-    """What differs between two checkpoints, of whatever grids: a line for each; every element of masters, moments and all others, by its bits.
+    """What differs between two checkpoints, of whatever grids, a line for each: every element of masters, moments and all others, by its bits.
 
     Reads one tensor of each at a time. An element that a checkpoint has not, or not once, differs too.
     """
@@ -307,7 +310,7 @@ def _serve() -> int:
         if "fork" in question:
             answer = os.fork()
             if answer == 0:
-                return _live(question["fork"])
+                _live(question["fork"])
             living.add(answer)
         else:
             answer = {
@@ -320,21 +323,25 @@ def _serve() -> int:
     return 0
 
 
-def _live(task: Mapping[str, Any]) -> int:
-    """A rank's life, in the process that was forked for it. Returns its exit status."""
+def _live(task: Mapping[str, Any]) -> NoReturn:
+    """A rank's life, in the process that was forked for it."""
     from megamod.train import main
 
-    for target, opened in enumerate(
-        (os.open(os.devnull, os.O_RDONLY), os.open(task["said"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
-    ):
-        os.dup2(opened, target)
-    os.dup2(1, 2)
+    said = os.open(task["said"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said), (2, said)):
+        os.dup2(source, target)
     os.environ.update(task["environment"])
     if task["limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["limit"], resource.RLIM_INFINITY))
     if task["stopped"]:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return main(task["argv"])
+    status = 1
+    try:
+        status = main(task["argv"])
+    except BaseException:  # as the interpreter would say it
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)  # to take apart what was imported would take longer than the life
 
 
 if __name__ == "__main__":
