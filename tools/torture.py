@@ -250,8 +250,9 @@ def watched(place: Place, job: Job) -> tuple[Path, float, float]:
     run = job.directory
     shutil.rmtree(run, ignore_errors=True)
     said = run.with_name(f"{run.name}.txt")
-    began, saves, firsts, lengths = time.perf_counter(), Saves(run), list[float](), list[float]()
+    saves, firsts, lengths = Saves(run), list[float](), list[float]()
     life = place.nursery.start(job, said)
+    began = time.perf_counter()
     while not life.ended():
         if (draft := saves.draft()) is not None:
             start, name = time.perf_counter(), draft[1 : -len(".tmp")]
