@@ -62,6 +62,7 @@ class Nursery:
 
     def __init__(self, work: Path) -> None:
         self._said = work / "nursery.txt"
+        self._is_asked = False
         path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self._said.open("w") as said:
@@ -76,6 +77,8 @@ class Nursery:
     def __exit__(self, *error: object) -> None:
         """Ends with all that it has forked."""
         assert self._process.stdin is not None
+        if not self._is_asked:  # it may still import, and has forked nothing
+            self._process.kill()
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
@@ -83,7 +86,7 @@ class Nursery:
     def ask(self, question: Mapping[str, Any]) -> Any:
         """Its answer. Raises MegamodError where it has died."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        answer = ""
+        self._is_asked, answer = True, ""
         with suppress(BrokenPipeError):
             print(json.dumps(question), file=self._process.stdin, flush=True)
             answer = self._process.stdout.readline()
@@ -215,7 +218,7 @@ def steps_logged(run: Path) -> int:
 
 
 def checkpoints_differ(one: Path, other: Path) -> Iterator[str]:
-    """What differs between two checkpoints, of whatever grids, a line for each: every element of masters, moments and all others, by its bits.
+    """What differs between two checkpoints, of whatever grids, a line for each tensor: every element of masters and moments, by bits.
 
     Reads one tensor of each at a time. An element that a checkpoint has not, or not once, differs too.
     """

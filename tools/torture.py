@@ -38,10 +38,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from megamod import checkpoint
 from megamod.command import command
+from megamod.damage import WAYS, flip, header
 from megamod.errors import MegamodError, expected, listed
 from megamod.lives import (
     POLL,
@@ -96,15 +96,19 @@ class Place:
             (
                 f"model.path={self.work / 'model'}", "data.train.documents=64", "data.train.mean_length=12", "data.row_length=32",
                 "data.rows_per_step=4", "optim.schedule=constant", "log.every=1", "log.tensorboard=false", "checkpoint.export=false",
-                f"checkpoint.every={every}", f"steps={steps}", f"parallel.tp={tp}", f"parallel.pp={pp}", f"dir={self.work / name}", *overrides,
+                f"checkpoint.every={every}", f"steps={steps}", f"parallel.tp={tp}", f"parallel.pp={pp}",
+                f"dir={self.work / name}", *overrides,
             ),
             tp * pp,
         )  # fmt: skip
 
+    def said(self, job: Job) -> Path:
+        """The file of what the run's life says."""
+        return self.work / f"{job.directory.name}.txt"
+
     def run(self, job: Job, **how: Any) -> "Ended":
         """One life of `job`, to its end."""
-        directory = job.directory
-        said = directory.with_name(f"{directory.name}.txt")
+        said = self.said(job)
         said.unlink(missing_ok=True)
         life = self.nursery.start(job, said, **how)
         by_itself = end(life, PATIENCE)
@@ -115,9 +119,7 @@ class Place:
         shutil.rmtree(job.directory, ignore_errors=True)
         ended = self.run(job)
         if not ended.well:
-            raise MegamodError(
-                f"an undisturbed run has failed, {ended.statuses}: {tail(job.directory.with_name(f'{job.directory.name}.txt'))}"
-            )
+            raise MegamodError(f"an undisturbed run has failed, {ended.statuses}: {tail(self.said(job))}")
         return job.directory
 
 
@@ -145,6 +147,12 @@ class Ended:
         if "Traceback" in self.said:
             return "a traceback"
         return f"exit status {listed(sorted({str(status) for status in self.statuses}))}"
+
+
+def write_model(work: Path) -> None:
+    """What all runs are of: a config.json; the weights are random."""
+    (work / "model").mkdir()
+    (work / "model" / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
 
 
 class Progress:
@@ -249,7 +257,7 @@ def watched(place: Place, job: Job) -> tuple[Path, float, float]:
     """An undisturbed run: its directory, the seconds to its first save, and those of a save, the median."""
     run = job.directory
     shutil.rmtree(run, ignore_errors=True)
-    said = run.with_name(f"{run.name}.txt")
+    said = place.said(job)
     saves, firsts, lengths = Saves(run), list[float](), list[float]()
     life = place.nursery.start(job, said)
     began = time.perf_counter()
@@ -274,7 +282,7 @@ def kills(place: Place, count: int, tp: int, pp: int) -> Report:
     reference, first, length = watched(place, place.job(f"{name}-reference", steps, *KEEP, tp=tp, pp=pp))
     print(f"kills · an undisturbed run: {steps} steps, {first:.2f} s to its first save, a save in {1000 * length:.0f} ms", flush=True)
     job = place.job(name, steps, *KEEP, tp=tp, pp=pp)
-    run, said = job.directory, place.work / f"{name}.txt"
+    run, said = job.directory, place.said(job)
     phases, whose, lives, runs, hung, done = Counter[str](), Counter[str](), 0, 0, 0, 0
 
     def finish(life: Forked) -> None:
@@ -311,7 +319,8 @@ def kills(place: Place, count: int, tp: int, pp: int) -> Report:
     finish(place.nursery.start(job, said))
     inside = sum(phases[kind] for kind in IN_SAVE)
     report.facts = {
-        "kills": done, "in a save": inside, "lives": lives + 1, "runs": runs, "steps of a run": steps, "tp": tp, "pp": pp, "of": dict(whose),
+        "kills": done, "in a save": inside, "lives": lives + 1, "runs": runs, "steps of a run": steps, "tp": tp, "pp": pp,
+        "of": dict(whose),
         "phases": {kind: phases[kind] for kind in (BEFORE, BETWEEN, *IN_SAVE)}, "save ms": round(1000 * length), "peers that hung": hung,
     }  # fmt: skip
     report.claims = {
@@ -327,68 +336,100 @@ def kills(place: Place, count: int, tp: int, pp: int) -> Report:
 
 ACTS = (
     "write", "pwrite64", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range", "ftruncate", "fallocate", "rename", "renameat",
-    "renameat2", "fsync", "fdatasync", "sync_file_range", "syncfs", "mkdir", "mkdirat", "openat", "open", "creat", "link", "linkat", "symlink",
-    "symlinkat", "unlink", "unlinkat", "rmdir", "chmod", "fchmod", "fchmodat",
+    "renameat2", "fsync", "fdatasync", "sync_file_range", "syncfs", "mkdir", "mkdirat", "openat", "open", "creat", "link", "linkat",
+    "symlink", "symlinkat", "unlink", "unlinkat", "rmdir", "chmod", "fchmod", "fchmodat",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Call:
-    """One system call of a save: which, on which path, the how-manieth of these in its thread."""
+    """One system call of a save, and how strace is told which it is: the how-manieth of its name, among all or those on a path."""
 
     rank: int
     name: str
-    path: str
     number: int
+    path: str  # that it is about
+    only: str | None = None  # the path; None: among all
+
+    def options(self) -> list[str]:
+        """Of strace: SIGKILL as the call is entered."""
+        place = [] if self.only is None else ["-P", self.only]
+        return [*place, "-e", f"trace={self.name}", "-e", f"inject={self.name}:signal=SIGKILL:when={self.number}"]
 
     def __str__(self) -> str:
-        return f"rank {self.rank}, {self.name} {self.number} of {Path(self.path).name}"
+        return f"rank {self.rank}, {self.name} of {Path(self.path).name}"
 
 
-class Traced:
-    """A life whose rank `rank` is traced from its first line on, by strace with `options`; what it writes goes to `out`."""
+@contextmanager
+def strace(pid: int, out: Path, options: Sequence[str]) -> Iterator[None]:
+    """strace on a process and its threads, from now on; its lines go to `out`. Raises MegamodError where it cannot."""
+    line = ["strace", "-f", "-y", "-s", "0", "-o", str(out), *options, "-p", str(pid)]
+    tracer = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    try:
+        if "attached" not in (said := tracer.stderr.readline()):
+            raise MegamodError(f"strace cannot attach to a process here: {said.strip()}")
+        yield
+    finally:
+        tracer.terminate()  # it lets the process go; where that has ended it has, too
+        tracer.communicate()
 
-    def __init__(self, place: Place, job: Job, said: Path, rank: int, out: Path, options: Sequence[str]) -> None:
-        self.life = place.nursery.start(job, said, stopped=True)
-        for pid in self.life.pids:
-            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-                time.sleep(POLL)
-        command = ["strace", "-f", "-y", "-s", "0", "-o", str(out), *options, "-p", str(self.life.pids[rank])]
-        self._tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        assert self._tracer.stderr is not None
-        line = self._tracer.stderr.readline()
-        if "attached" not in line:
-            self.life.kill()
-            raise MegamodError(f"strace cannot attach to a process here: {line.strip()}")
-        for pid in self.life.pids:
+
+def await_stop(life: Forked, rank: int) -> bool:
+    """Wait until the rank is stopped by a signal, or the life has ended. Returns whether it is stopped."""
+    while not life.ended():
+        if Path(f"/proc/{life.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            return True
+        time.sleep(POLL)
+    return False
+
+
+def stopped_before_saving(place: Place, job: Job, said: Path, out: Path) -> Forked:
+    """A life whose rank 0 was stopped as it began its first save; the others wait for it. Raises MegamodError where it never saves."""
+    life = place.nursery.start(job, said, stopped=True)
+    for rank in range(job.ranks):
+        await_stop(life, rank)
+    out.unlink(missing_ok=True)
+    first = ["-P", str(job.directory / "checkpoints"), "-e", "trace=mkdir", "-e", "inject=mkdir:signal=SIGSTOP:when=1"]
+    with strace(life.pids[0], out, first):
+        for pid in life.pids:
             os.kill(pid, signal.SIGCONT)
-
-    def end(self, seconds: float) -> bool:
-        """As lives.end."""
-        by_itself = end(self.life, seconds)
-        self._tracer.communicate()
-        return by_itself
-
-
-def mentioned(line: str, directory: str) -> list[str]:
-    """The paths at or below `directory` that a traced call names, or has open."""
-    found = re.findall(r'<(/[^>]*)>|"(/[^"]*)"', line)
-    return [path for path in (a or b for a, b in found) if path == directory or path.startswith(f"{directory}/")]
+        while not life.ended() and "stopped by SIGSTOP" not in out.read_text(errors="replace").partition("mkdir(")[2]:
+            time.sleep(POLL)
+    if not await_stop(life, 0):
+        raise MegamodError(f"a run has ended without a save, {life.statuses()}: {tail(said)}")
+    return life
 
 
-def calls_of(trace: str, rank: int, directory: str) -> list[Call]:
-    """What a traced rank did to the directory, in order: each call that a kill can be put before."""
-    found, counts = [], Counter[tuple[str, str, str]]()
+def calls_of(trace: str, rank: int, directory: str) -> list[Call | str]:
+    """What a rank did to the directory from there on: each call before which strace can put a kill; a line for one that it cannot name.
+
+    strace counts by thread, and the first thread that comes to the number is killed in: so a call is told by its number among all of its
+    name where no other thread has made as many before, and among those on its path where that name was made up for the one save.
+    """
+    found: list[Call | str] = []
+    counts, most = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()  # by thread; of the thread that has made the most
     for line in trace.splitlines():
         match = re.match(r"(\d+)\s+(\w+)\(", line)
-        paths = mentioned(line, directory) if match else []
-        if match is None or not paths:
+        if match is None:
             continue
         thread, name = match.groups()
-        for path in set(paths):
-            counts[thread, name, path] += 1
-        if not name.startswith("open") or "O_CREAT" in line:
-            found.append(Call(rank, name, paths[0], counts[thread, name, paths[0]]))
+        paths = [a or b for a, b in re.findall(r'<(/[^>]*)>|"(/[^"]*)"', line)]
+        first = {}
+        for key in ((name,), *((name, path) for path in set(paths))):
+            counts[(thread, *key)] += 1
+            first[key] = counts[(thread, *key)] > most[key]
+            most[key] = max(most[key], counts[(thread, *key)])
+        inside = [path for path in paths if path == directory or path.startswith(f"{directory}/")]
+        if not inside or (name.startswith("open") and "O_CREAT" not in line):
+            continue
+        steady = [path for path in inside if first[name, path] and not Path(path).name.startswith(".tmp")]
+        if first[name,]:
+            found.append(Call(rank, name, counts[thread, name], inside[0]))
+        elif steady:
+            found.append(Call(rank, name, counts[thread, name, steady[0]], inside[0], steady[0]))
+        else:
+            found.append(f"rank {rank}, {name} of {Path(inside[0]).name}")
     return found
 
 
@@ -402,45 +443,51 @@ def syscalls(place: Place, count: int | None, tp: int, pp: int) -> Report:
     start = place.undisturbed(place.job(f"{name}-start", 4, *KEEP, tp=tp, pp=pp))
     reference = place.undisturbed(place.job(f"{name}-reference", 6, *KEEP, tp=tp, pp=pp))
     job = place.job(name, 6, *KEEP, tp=tp, pp=pp)
-    run, said, out = job.directory, place.work / f"{name}.txt", place.work / "strace.txt"
-    directory = str(run / "checkpoints")
+    run, said, out = job.directory, place.said(job), place.work / "strace.txt"
 
     def traced(rank: int, options: Sequence[str]) -> tuple[bool, list[int | None]]:
+        """Whether the life ended by itself, and how its ranks did."""
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(start, run)
         said.unlink(missing_ok=True)
-        out.unlink(missing_ok=True)
-        life = Traced(place, job, said, rank, out, options)
-        return life.end(GRACE), life.life.statuses()
+        life = stopped_before_saving(place, job, said, out)
+        with strace(life.pids[rank], out, options):
+            os.kill(life.pids[0], signal.SIGCONT)
+            by_itself = end(life, GRACE)
+        return by_itself, life.statuses()
 
-    calls: list[Call] = []
+    found: list[Call | str] = []
     for rank in range(job.ranks):
         _, statuses = traced(rank, ["-e", f"trace={','.join(ACTS)}"])
         if any(statuses):
             raise MegamodError(f"a run under strace has failed, {statuses}: {tail(said)}")
-        calls += calls_of(out.read_text(encoding="utf-8", errors="replace"), rank, directory)
+        found += calls_of(out.read_text(encoding="utf-8", errors="replace"), rank, str(run / "checkpoints"))
+    calls, unnamed = [call for call in found if isinstance(call, Call)], [call for call in found if isinstance(call, str)]
     kinds = Counter(call.name for call in calls)
     chosen = calls if count is None or count >= len(calls) else [calls[i * len(calls) // count] for i in range(count)]
-    print(f"syscalls · a save, with the removal of an old one, makes {len(calls)}: {dict(kinds)}", flush=True)
-    say, killed, missed, hung = Progress("syscalls", len(chosen)), Counter[str](), [], 0
+    print(f"syscalls · a save, with the removal of an old one, makes {len(found)}: {dict(kinds)}", flush=True)
+    say, missed = Progress("syscalls", len(chosen)), list[str]()
     for done, call in enumerate(chosen, 1):
-        options = ["-P", call.path, "-e", f"trace={call.name}", "-e", f"inject={call.name}:signal=SIGKILL:when={call.number}"]
-        by_itself, statuses = traced(call.rank, options)
-        if statuses[call.rank] != -signal.SIGKILL or not by_itself:
-            hung += not by_itself
-            (report.faults if not by_itself else missed).append(f"{call}: ended with {statuses}")
-        killed[call.name] += 1
+        by_itself, statuses = traced(call.rank, call.options())
+        if not by_itself:
+            report.faults.append(f"{call}: the ranks did not end by themselves: {statuses}")
+        elif statuses[call.rank] != -signal.SIGKILL:
+            missed.append(f"{call}: ended with {statuses}")
         ended = place.run(job)
         if not ended.well:
             report.faults.append(f"{call}: the resumed run: {ended.how}: {tail(said)}")
         else:
             report.faults.extend(f"{call}: {line}" for line in same_end(run, reference))
         say(done, str(call))
-    report.faults.extend(missed)
-    report.facts = {"calls": len(calls), "kinds": dict(kinds), "killed before": dict(killed), "missed": len(missed), "tp": tp, "pp": pp}
+    report.facts = {
+        "calls": len(found), "kinds": dict(kinds), "killed before": len(chosen) - len(missed), "missed": missed, "not named": unnamed,
+        "tp": tp, "pp": pp,
+    }  # fmt: skip
     report.claims = {
-        f"killed before each of {len(chosen)} system calls of a save, every run ends with the bits of an undisturbed one": not report.faults,
-        "each kill came where it was meant to": not missed,
+        f"killed before {len(chosen)} of a save's {len(found)} system calls, a run ends with the bits of an undisturbed one": (
+            not report.faults
+        ),
+        "each kill came where it was meant to": not missed and not unnamed,
     }
     return report
 
@@ -451,7 +498,6 @@ def syscalls(place: Place, count: int | None, tp: int, pp: int) -> Report:
 NEWEST, PREVIOUS = "step-00000004", "step-00000002"
 SILENT, HUNG, CRASHED, LOST = BAD = ("silent", "hung", "a traceback", "began again from nothing")
 REFUSED, FELL_BACK, UNHARMED = "refused with one line", "fell back", "resumed as if nothing were"
-Damage = Callable[[random.Random, Path], str | None]  # of a run's `checkpoints`; says what was done, None: nothing could be
 
 
 @dataclass(frozen=True)
@@ -491,20 +537,6 @@ class Patients:
         if found is None:
             return LOST, ""
         return (UNHARMED, "") if found[1] == "4" else (FELL_BACK, "")
-
-
-def header(file: Path) -> int:
-    """Bytes before a safetensors file's data."""
-    with file.open("rb") as opened:
-        return 8 + int.from_bytes(opened.read(8), "little")
-
-
-def flip(file: Path, bit: int) -> None:
-    with file.open("r+b") as opened:
-        opened.seek(bit // 8)
-        byte = opened.read(1)[0]
-        opened.seek(bit // 8)
-        opened.write(bytes([byte ^ 1 << bit % 8]))
 
 
 def flips(place: Place, count: int) -> Report:
@@ -562,255 +594,15 @@ def verification(work: Path, tensors: int = 16, numbers: int = 2**20, repeats: i
     return {"seconds per GB": round(cost / size, 3), "share of the load": round(cost / with_sums, 3)}
 
 
-# What may be wrong with a run's checkpoints. Each is given them, and says what it has done.
-
-
-def shard_of(rng: random.Random, directory: Path) -> Path:
-    return rng.choice(sorted(directory.glob("*.safetensors")))
-
-
-def any_of(rng: random.Random, directory: Path) -> Path:
-    return rng.choice(sorted(directory.iterdir()))
-
-
-def truncate(rng: random.Random, root: Path) -> str:
-    file = any_of(rng, root / NEWEST)
-    size = rng.choice((0, 1, 7, file.stat().st_size - 1, rng.randrange(file.stat().st_size)))
-    os.truncate(file, size)
-    return f"{file.name} cut to {size} bytes"
-
-
-def extend(rng: random.Random, root: Path) -> str:
-    file = any_of(rng, root / NEWEST)
-    with file.open("ab") as opened:
-        opened.write(rng.randbytes(length := rng.choice((1, 8, 4096))))
-    return f"{file.name} longer by {length} bytes"
-
-
-def overwrite(rng: random.Random, root: Path) -> str:
-    file = any_of(rng, root / NEWEST)
-    length = min(file.stat().st_size, rng.choice((8, 512, 4096)))
-    at = rng.randrange(file.stat().st_size - length + 1)
-    with file.open("r+b") as opened:
-        opened.seek(at)
-        opened.write(bytes(length) if rng.random() < 0.5 else rng.randbytes(length))
-    return f"{file.name}: {length} other bytes at {at}"
-
-
-def drop_file(rng: random.Random, root: Path) -> str:
-    (file := any_of(rng, root / NEWEST)).unlink()
-    return f"{file.name} is gone"
-
-
-def exchange(one: Path, other: Path) -> str:
-    away = one.with_name("away")
-    one.rename(away)
-    other.rename(one)
-    away.rename(other)
-    return f"{one.parent.name}/{one.name} and {other.parent.name}/{other.name} exchanged"
-
-
-def swap_files(rng: random.Random, root: Path) -> str | None:
-    files = sorted((root / NEWEST).iterdir())
-    return exchange(*rng.sample(files, 2))
-
-
-def swap_between(rng: random.Random, root: Path) -> str:
-    file = any_of(rng, root / NEWEST)
-    return exchange(file, root / PREVIOUS / file.name)
-
-
-def swap_checkpoints(rng: random.Random, root: Path) -> str:
-    return exchange(root / NEWEST, root / PREVIOUS)
-
-
-def copy_between(rng: random.Random, root: Path) -> str:
-    file = any_of(rng, root / NEWEST)
-    shutil.copy(root / PREVIOUS / file.name, file)
-    return f"{file.name} is that of {PREVIOUS}"
-
-
-def pieces(file: Path) -> dict[str, torch.Tensor]:
-    return load_file(file)
-
-
-def swap_pieces(rng: random.Random, root: Path) -> str | None:
-    file = shard_of(rng, root / NEWEST)
-    tensors = pieces(file)
-    pairs = [
-        (a, b) for a in tensors for b in tensors if a < b and len(tensors[a]) == len(tensors[b]) and not torch.equal(tensors[a], tensors[b])
-    ]
-    a, b = rng.choice(pairs)
-    save_file({**tensors, a: tensors[b].clone(), b: tensors[a].clone()}, file)
-    return f"{file.name}: the bytes of {a} and {b} exchanged"
-
-
-def drop_piece(rng: random.Random, root: Path) -> str:
-    file = shard_of(rng, root / NEWEST)
-    tensors = pieces(file)
-    del tensors[gone := rng.choice(sorted(tensors))]
-    save_file(tensors, file)
-    return f"{file.name} without {gone}"
-
-
-def other_dtype(rng: random.Random, root: Path) -> str:
-    file = shard_of(rng, root / NEWEST)
-    tensors = pieces(file)
-    key = rng.choice(sorted(tensors))
-    save_file({**tensors, key: tensors[key].view(torch.int32)}, file)
-    return f"{file.name}: {key} as int32"
-
-
-def edit_manifest(rng: random.Random, root: Path) -> str:
-    """A character of the manifest changed, added or taken away, its checksum not."""
-    file = root / NEWEST / "manifest.json"
-    text = file.read_text(encoding="utf-8")
-    at = rng.randrange(len(text) - 2)
-    other = rng.choice([c for c in '0123456789abc"{}[],:' if c != text[at]])
-    how = rng.choice(("changed", "added", "gone"))
-    changed = {"changed": text[:at] + other + text[at + 1 :], "added": text[:at] + other + text[at:], "gone": text[:at] + text[at + 1 :]}[
-        how
-    ]
-    file.write_text(changed, encoding="utf-8")
-    return f"manifest.json: character {at} {how}"
-
-
-def replace_manifest(rng: random.Random, root: Path) -> str:
-    texts = (
-        "",
-        "{",
-        "[]",
-        "null",
-        "{}",
-        '{"format": 1}',
-        "[" * 100_000,
-        "\0" * 4096,
-        '"\\ud800"',
-        '{"format": 1, "crc32": 0, "tensors": 7}',
-        "NaN",
-    )
-    text = rng.choice(texts)
-    (root / NEWEST / "manifest.json").write_text(text, encoding="utf-8")
-    return f"manifest.json is {text[:20]!r}"
-
-
-def sign(manifest: dict[str, Any], file: Path) -> None:
-    manifest.pop("crc32", None)
-    file.write_text(json.dumps({**manifest, "crc32": zlib.crc32(json.dumps(manifest).encode())}) + "\n", encoding="utf-8")
-
-
-def edit_signed(rng: random.Random, root: Path) -> str:
-    """An entry of the manifest is another, and its checksum is right."""
-    file = root / NEWEST / "manifest.json"
-    manifest = json.loads(file.read_text(encoding="utf-8"))
-    name = rng.choice(sorted(manifest["tensors"]))
-    tensor = manifest["tensors"][name]
-    entry = rng.choice(tensor["pieces"])
-
-    def rename_file(to: str) -> None:
-        entry["file"] = to
-
-    edits: dict[str, Callable[[], Any]] = {
-        "a piece less": lambda: tensor["pieces"].remove(entry), "no tensor": lambda: manifest["tensors"].pop(name),
-        "a piece twice": lambda: tensor["pieces"].append(entry), "another shape": lambda: tensor["shape"].append(2),
-        "another size": lambda: entry.update(size=[1] * len(entry["size"])), "another offset": lambda: entry.update(offset=[3] * len(entry["offset"])),
-        "a negative offset": lambda: entry.update(offset=[-1] * len(entry["offset"])), "no offset": lambda: entry.pop("offset"),
-        "another checksum": lambda: entry.update(crc32=entry["crc32"] ^ 1), "no checksum": lambda: entry.pop("crc32"),
-        "another key": lambda: entry.update(key=entry["key"] + "x"), "a key that is no text": lambda: entry.update(key=[1]),
-        "a file outside": lambda: rename_file(f"../{PREVIOUS}/{entry['file']}"), "an absolute file": lambda: rename_file("/etc/passwd"),
-        "a file that is a number": lambda: entry.update(file=7), "another format": lambda: manifest.update(format=2),
-        "a step that is text": lambda: manifest.update(step="4"), "no step": lambda: manifest.pop("step"), "no updates": lambda: manifest.pop("updates"),
-        "no about": lambda: manifest.pop("about"), "tensors that are a list": lambda: manifest.update(tensors=[]),
-        "pieces that are text": lambda: tensor.update(pieces="none"),
-    }  # fmt: skip
-    what = rng.choice(sorted(edits))
-    edits[what]()
-    sign(manifest, file)
-    return f"manifest.json, signed again: {name}: {what}"
-
-
-def edit_tracker(rng: random.Random, root: Path) -> str:
-    texts = (
-        b"", b"\n", b"\xff\xfe\0", b"step-00000009\n", b"../elsewhere\n", b"/etc\n", b"step-00000004", b"step-0000000", b"\0" * 512, b"." * 100_000,
-        f"{PREVIOUS}\n{NEWEST}\n".encode(), f"{NEWEST}\n" * 3 and f"{NEWEST}\n{NEWEST}\n{PREVIOUS}\n".encode(), b"step-00000004/manifest.json\n", b".\n",
-    )  # fmt: skip
-    (root / "latest").write_bytes(text := rng.choice(texts))
-    return f"the tracker says {text[:40]!r}"
-
-
-def lose_tracker(rng: random.Random, root: Path) -> str:
-    file = root / "latest"
-    file.unlink()
-    how = rng.choice(("gone", "a directory", "a link to itself", "a link to nothing"))
-    if how == "a directory":
-        file.mkdir()
-    elif how != "gone":
-        file.symlink_to("latest" if how == "a link to itself" else "nowhere")
-    return f"the tracker is {how}"
-
-
-def other_kind(rng: random.Random, root: Path) -> str:
-    """A directory where a file was, a file where a directory was, links."""
-    file = rng.choice((root / NEWEST, *sorted((root / NEWEST).iterdir())))
-    outside = root.parent / f"outside-{file.name}"
-    is_directory = file.is_dir()
-    file.rename(outside)
-    choices = ("a file",) if is_directory else ("a directory", "a link outside")
-    how = rng.choice((*choices, "a link to itself", "a link to nothing"))
-    if how == "a directory":
-        file.mkdir()
-    elif how == "a file":
-        file.write_bytes(b"")
-    else:
-        file.symlink_to({"a link to itself": file.name, "a link to nothing": "nowhere", "a link outside": str(outside)}[how])
-    return f"{file.name} is {how}"
-
-
-def drop_checkpoints(rng: random.Random, root: Path) -> str:
-    names = rng.choice(((NEWEST,), (NEWEST, PREVIOUS)))
-    for name in names:
-        shutil.rmtree(root / name)
-    return f"{' and '.join(names)} gone"
-
-
-def damage_both(rng: random.Random, root: Path) -> str:
-    for name in (NEWEST, PREVIOUS):
-        file = shard_of(rng, root / name)
-        flip(file, rng.randrange(8 * file.stat().st_size))
-    return "a bit flipped in each checkpoint"
-
-
-def rubbish(rng: random.Random, root: Path) -> str:
-    """What a run may meet where it is about to write."""
-    name = rng.choice((".step-00000005.tmp", ".latest.tmp", "step-00000005"))
-    how = rng.choice(("a file", "a directory", "a full directory", "a link to nothing"))
-    path = root / name
-    if how == "a file":
-        path.write_bytes(rng.randbytes(100))
-    elif how == "a link to nothing":
-        path.symlink_to("nowhere")
-    else:
-        path.mkdir()
-        if how == "a full directory":
-            (path / "rank-00000.safetensors").write_bytes(rng.randbytes(100))
-    return f"{name} is there, {how}"
-
-
-DAMAGES: tuple[Damage, ...] = (
-    truncate, extend, overwrite, drop_file, swap_files, swap_between, swap_checkpoints, copy_between, swap_pieces, drop_piece, other_dtype,
-    edit_manifest, replace_manifest, edit_signed, edit_tracker, lose_tracker, other_kind, drop_checkpoints, damage_both, rubbish,
-)  # fmt: skip
-
-
 def corruptions(place: Place, count: int, tp: int) -> Report:
     """Every kind of damage in turn, to runs of `tp` ranks."""
     report, say = Report(), Progress("corruptions", count)
     patients = Patients.of(place, "corruptions", tp)
-    outcomes: dict[str, Counter[str]] = {damage.__name__: Counter() for damage in DAMAGES}
+    outcomes: dict[str, Counter[str]] = {damage.__name__: Counter() for damage in WAYS}
     for done in range(1, count + 1):
-        damage = DAMAGES[done % len(DAMAGES)]
+        damage = WAYS[done % len(WAYS)]
         root = patients.fresh()
-        what = damage(place.rng, root)
+        what = damage(place.rng, root / NEWEST, root / PREVIOUS)
         outcome, text = patients.resumed()
         outcomes[damage.__name__][outcome] += 1
         if outcome in BAD:
@@ -862,7 +654,7 @@ def disk(place: Place) -> Report:
         assert good is not None
         before = digest(good)
         fail()
-        said = run.with_name(f"{run.name}.txt")
+        said = place.said(job)
         if while_it_runs:
             said.unlink(missing_ok=True)
             life = place.nursery.start(job, said, **how)
@@ -915,7 +707,7 @@ def disk(place: Place) -> Report:
             tried("a read-only disk", run, lambda: call(*mount, "remount,ro", str(small)), lambda: call(*mount, "remount,rw", str(small)))
     report.facts |= {"outcomes": outcomes, "checkpoint bytes": size}
     report.claims = {
-        "where a save fails the run goes on or stops with one line, the last good checkpoint stays, and with room it ends with the same bits": (
+        "where a save fails a run goes on or stops with one line, its last good checkpoint stays, with room it ends with the same bits": (
             not report.faults
         )
     }
@@ -984,8 +776,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.work.mkdir(parents=True)
     with nullcontext(str(args.work)) if args.work is not None else tempfile.TemporaryDirectory(prefix="megamod-") as made:
         work = Path(made).resolve()
-        (work / "model").mkdir()
-        (work / "model" / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
+        write_model(work)
         with Nursery(work) as nursery:
             for part in parts:
                 began = time.perf_counter()
