@@ -4,6 +4,8 @@
 export PYTHONSAFEPATH=1
 # torchrun restarts are flaky while agent and workers share a store: of 6 runs with a killed rank 3 recovered; without, 6 of 6.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# After SIGTERM to torchrun: seconds for the step at hand and its save before the ranks are killed (30 otherwise).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 # Tensor parallelism overlaps communication with computation only if kernels start in the order they are issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # cuBLAS is deterministic only with a fixed workspace; needed by deterministic=true, harmless otherwise.

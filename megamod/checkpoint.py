@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megamod import files
+from megamod import files, foreign
 from megamod.errors import MegamodError, listed
 from megamod.optim import KINDS, Optimizer
 from megamod.parallel.collectives import gathered, on_first, together
@@ -262,7 +262,8 @@ def newest(directory: str | Path, grid: Grid) -> tuple[Path | None, list[str]]:
         else:
             return root / name, passed
     if passed:
-        raise MegamodError(f"{root}: no checkpoint is whole: {listed(passed, 2)}; to begin again, checkpoint.resume=no")
+        instead = "use checkpoint.resume=<path of another>, or checkpoint.resume=no to begin again"
+        raise MegamodError(f"{root}: no checkpoint is whole: {listed(passed, 2)}; {instead}")
     return None, passed
 
 
@@ -454,11 +455,11 @@ def _check_model(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) 
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = foreign.read_json(file)
         known = manifest["format"] == FORMAT
     except OSError as error:
         raise MegamodError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise MegamodError(f"{file}: damaged ({error})") from None
     if not known:
         raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}")
@@ -470,7 +471,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _read(path: Path, entry: Mapping[str, Any], opened: dict[str, Any]) -> Tensor:
     """A stored piece, its checksum verified."""
     name, key = entry["file"], entry["key"]
-    if name not in opened and not _is_inside(path, name):
+    if name not in opened and not (isinstance(name, str) and name.endswith(".safetensors") and foreign.is_inside(path, name)):
         raise MegamodError(f"{path / MANIFEST}: {name!r} must be a bare *.safetensors name inside the directory")
     try:
         if name not in opened:
@@ -481,15 +482,6 @@ def _read(path: Path, entry: Mapping[str, Any], opened: dict[str, Any]) -> Tenso
     if data.numel() != math.prod(entry["size"]) or _crc(data) != entry["crc32"]:
         raise MegamodError(f"{path / name}: {key} fails its checksum; resume from an earlier checkpoint")
     return data
-
-
-def _is_inside(directory: Path, name: Any) -> bool:
-    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-        return False
-    try:
-        return (directory / name).resolve().parent == directory.resolve()
-    except ValueError:  # characters that no file name can have
-        return False
 
 
 def _tracked(root: Path) -> list[str] | None:

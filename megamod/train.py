@@ -23,7 +23,7 @@ from megamod import checkpoint, config, files, optim
 from megamod.batch import Batch
 from megamod.command import command
 from megamod.config import RunConfig, loss_name
-from megamod.data import chat
+from megamod.data import chat, saved_batch
 from megamod.data.documents import Documents
 from megamod.data.loader import Loader
 from megamod.data.store import open_documents, prepare_all
@@ -44,7 +44,7 @@ from megamod.reference import Reference, adapter_beside, model_at_start
 from megamod.saver import Saver
 from megamod.step import train_step
 from megamod.watch import Stop, Stragglers, Watchdog
-from megamod.weights import fingerprint, peft
+from megamod.weights import fingerprint, peft, pissa
 from megamod.weights.bitsandbytes import quantised, quantization_at
 from megamod.weights.export import check as check_export
 from megamod.weights.export import export, refuse_taken
@@ -123,7 +123,10 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
             together(partial(peft.check_fingerprint, compared, known, "the reference"))
         about |= {"quantization": config.as_json(shape.quantization)}
         about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
-        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, directory / about["initial"], compared)
+        initial = directory / about["initial"]
+        if newest is not None:
+            together(partial(pissa.bring, newest.resolve().parents[1] / initial.name, initial), acts=grid.rank == 0)
+        adapters = plan.attach(chunks, shape, grid, source, cfg.seed, initial, compared)
         items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
@@ -262,8 +265,16 @@ def _refuse(
     """End a run whose steps change nothing any more. Raises MegamodError, on every rank the same."""
     losses = [loss for loss in gathered(float(metrics["loss"]) if metrics else None) if loss is not None]
     what = f"its value is {losses[0]}" if not math.isfinite(losses[0]) else f"the norm of its gradients is {update.grad_norm}"
+    folder = directory / "skipped"
+
+    def keep() -> None:
+        folder.mkdir(exist_ok=True)
+        saved_batch.save(folder / f"step-{step:08d}-dp-{grid.dp.rank:04d}.safetensors", batches)
+
+    together(keep, acts=grid.is_last_stage and grid.tp.rank == grid.cp.rank == 0)
     raise MegamodError(
-        f"loss {loss_name(cfg.loss)}, step {step}: {what}, and {cfg.optim.max_skips} steps in a row were skipped: finite ones were expected"
+        f"loss {loss_name(cfg.loss)}, step {step}: {what}, and {cfg.optim.max_skips} steps in a row were skipped: finite ones were "
+        f"expected; its micro-batches are in {folder}: see tools/show_batch.py --saved"
     )
 
 

@@ -21,7 +21,6 @@ from megamod.parallel.collectives import gathered
 from megamod.parallel.grid import Grid
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of a preemption; Slurm's warning, `sbatch --signal`
-TIME = -1  # in a signal's place: the time is up
 
 
 class Stop:
@@ -38,15 +37,13 @@ class Stop:
 
     def asked(self) -> str | None:
         """Why the run should end now; None: it should not. Every rank calls it, and has the same answer: one all-reduce."""
-        asks = [self._received] if self._received else []
-        if self._at is not None and time.time() >= self._at:
-            asks.append(TIME)
-        found = torch.tensor([max(asks, default=0), -min(asks, default=0)], device=self._grid.device)
+        is_late = self._at is not None and time.time() >= self._at
+        found = torch.tensor([self._received, int(is_late)], device=self._grid.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        received, is_late = found.tolist()
+        received, late = found.tolist()
         if received:
             return signal.Signals(received).name
-        return "its time is up (checkpoint.stop_at)" if is_late else None
+        return "its time is up (checkpoint.stop_at)" if late else None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number

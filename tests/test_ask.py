@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megamod.config import ChatConfig
 from megamod.data.chat import SETTINGS, companions
 from megamod.verdicts import FORMATS, Verdict
+from megamod.weights.checksums import SUMS
 from tools import ask as tool
 from tools import make_checkpoint
 
@@ -43,6 +44,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(made)
     for name, text in companions(ChatConfig(format="llama_guard")).items():
         (made / name).write_text(text, encoding="utf-8")
+    (made / SUMS).unlink()  # of what it was before it learned
     return made
 
 

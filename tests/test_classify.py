@@ -55,6 +55,7 @@ from megamod.moderator import Moderator
 from megamod.parallel.grid import started
 from megamod.train import train
 from megamod.verdicts import Severity, Verdict
+from megamod.weights import checksums
 from megamod.weights.load import Safetensors, load
 from megamod.weights.table import hf_shapes
 from tools import make_checkpoint
@@ -417,7 +418,7 @@ def models(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for number, (name, score) in enumerate(HEADS.items()):
         path = root / name
-        shutil.copytree(base, path, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(base, path, ignore=shutil.ignore_patterns("*.safetensors", checksums.SUMS))
         (path / "config.json").write_text(json.dumps(with_score(read_config(base), score, 0)))
         generator = torch.Generator().manual_seed(number)
         sizes = hf_shapes(read_shape(path))

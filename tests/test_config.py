@@ -55,10 +55,12 @@ FULL = """RunConfig(
     parallel=ParallelConfig(tp=2, pp=2, vpp=2, cp=2, sp=True, layers_per_stage=(1, 2, 3, 4), timeout_minutes=3),
     optim=OptimConfig(
         lr=3e-7, schedule="wsd", min_lr=1e-8, warmup_steps=2, decay_steps=4, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.2,
-        no_decay=("embed", "lm_head"), clip_grad=None, overlap_grad_reduce=True,
+        no_decay=("embed", "lm_head"), clip_grad=None, max_skips=5, overlap_grad_reduce=True,
     ),
-    checkpoint=CheckpointConfig(every=3, resume="no", export=True),
-    log=LogConfig(every=2, tensorboard=False, peak_tflops=100.5),
+    checkpoint=CheckpointConfig(
+        every=3, keep_last=2, keep_every=6, asynchronous=False, resume="no", stop_at=2_000_000_000, requeue_file="again", export=True
+    ),
+    log=LogConfig(every=2, tensorboard=False, peak_tflops=100.5, stacks_after_minutes=0.5, stragglers_every=7),
     seed=5,
     deterministic=True,
 )"""
@@ -482,9 +484,12 @@ def test_the_same_options_where_they_are_read(plain: Path, overrides: list[str])
         *(([f"{key}={bound - 1}"], f"{key} = {bound - 1}: must be at least {bound}") for key, bound in {
             "steps": 1, "seed": 0, "log.every": 1, "checkpoint.every": 1, "data.row_length": 1, "data.rows_per_step": 1,
             "data.rows_per_micro_batch": 1, "optim.warmup_steps": 0, "parallel.timeout_minutes": 1, "parallel.tp": 1,
-            "parallel.pp": 1, "parallel.vpp": 1, "parallel.cp": 1,
+            "parallel.pp": 1, "parallel.vpp": 1, "parallel.cp": 1, "checkpoint.keep_last": 1, "optim.max_skips": 1,
+            "log.stragglers_every": 1,
         }.items()),
         (["optim.lr=-1e-9"], "optim.lr = -1e-09: must be at least 0"),
+        (["checkpoint.keep_last=1", "checkpoint.keep_every=0"], "checkpoint.keep_every = 0: must be at least 1"),
+        (["log.stacks_after_minutes=0"], "log.stacks_after_minutes = 0.0: must be above 0"),
         (["lora.r=0"], "lora.r = 0: must be at least 1"),
         (["lora.rank_pattern={'q_proj': 0}"], "lora.rank_pattern: 'q_proj' = 0: must be at least 1"),
         (["lora.lora_alpha=0"], "lora.lora_alpha = 0.0: must be above 0"),

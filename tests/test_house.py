@@ -91,7 +91,7 @@ def test_folders_that_must_not_be_packages(folder: str) -> None:
 
 
 def test_tests_are_flat() -> None:
-    assert [p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and p.name != "__pycache__"] == []
+    assert [p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and p.name not in ("__pycache__", "golden")] == []
 
 
 # --- state -----------------------------------------------------------------------------------------------------------------

@@ -162,18 +162,24 @@ def test_a_run_goes_on_from_another_grid_and_another_run_from_its_export(tmp_pat
     """PiSSA, DoRA and dropout: stopped after two steps on tp 2 and resumed on pp 2, the numbers are those of a run that was not."""
     same = ["steps=4", "model.dtype=float64", "optim.schedule=constant", "log.every=1", "log.tensorboard=false", "data.rows_per_step=4"]
     kind = ["lora.r=3", "lora.init_lora_weights=pissa", "lora.use_dora=true", "lora.lora_dropout=0.2"]
-    whole, stopped, next_ = (str(tmp_path / name) for name in ("whole", "stopped", "next"))
+    whole, stopped, next_, moved = (str(tmp_path / name) for name in ("whole", "stopped", "next", "moved"))
     runs = [
         (whole, [*same, *kind, "parallel.tp=2"]),
         (stopped, [*same, *kind, "parallel.tp=2", "steps=2"]),
         (stopped, [*same, *kind, "parallel.pp=2"]),
+        (moved, [*same, *kind, "parallel.tp=2", f"checkpoint.resume={stopped}/checkpoints/step-00000002"]),
         (next_, [*same, f"lora.path={whole}/checkpoints", "lora.lora_dropout=0", "steps=1"]),
         (next_, [*same, "lora.path=is/not/read/again", "steps=2"]),
         (stopped, [*same, *kind, "lora.r=5", "steps=1", "checkpoint.resume=no", "checkpoint.export=false"]),  # with a beginning of its own
     ]
-    (losses, export), (first, _), (second, resumed), (after, _), (again, _), (other, _) = distributed.run(2, lora.trained_by_runs, runs)[0]
+    found = distributed.run(2, lora.trained_by_runs, runs)[0]
+    (losses, export), (first, _), (second, resumed), (third, elsewhere), (after, _), (again, _), (other, _) = found
     assert first == {step: losses[step] for step in (1, 2)}
     assert second == pytest.approx(losses, rel=1e-9)
+    assert third == {step: losses[step] for step in (3, 4)}
+    (theirs_first,), (ours_first,) = (list(Path(path).glob(f"{peft.INITIAL}-*")) for path in (stopped, moved))
+    assert {f.name: f.read_bytes() for f in ours_first.iterdir()} == {f.name: f.read_bytes() for f in theirs_first.iterdir()}
+    assert Path(elsewhere, "adapter_model.safetensors").read_bytes() == Path(export, "adapter_model.safetensors").read_bytes()
     assert after[1] < losses[1]
     assert again[1] == after[1]
     assert other[1] == pytest.approx(losses[1], rel=1e-9)  # PiSSA begins as the base, whatever the rank

@@ -30,8 +30,8 @@ from megamod import checkpoint
 from megamod.config import LoraConfig, ParallelConfig, as_json
 from megamod.errors import MegamodError
 from megamod.model.shape import Shape, shape_of
+from megamod.weights import checksums, peft
 from megamod.weights import export as export_module
-from megamod.weights import peft
 from megamod.weights.fingerprint import of_source
 from megamod.weights.load import Safetensors, Tensors, check_keys
 from megamod.weights.merge import merge
@@ -261,7 +261,7 @@ def test_peft_computes_what_was_exported(tmp_path: Path, case: str) -> None:
     assert (found.base, found.factor_dtype) == ("0123", torch.float64)
     peft.check(found, found.config, tiny.shape(name), "here")
     assert peft.base_of(tmp_path / "out") == "models/base"
-    assert {f.name for f in tmp_path.rglob("*")} == {"out", peft.CONFIG, peft.TENSORS, "run.json"}
+    assert {f.name for f in tmp_path.rglob("*")} == {"out", peft.CONFIG, peft.TENSORS, "run.json", checksums.SUMS}
     numbers = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
     assert type(numbers["lora_alpha"]) is (int if cfg.lora_alpha.is_integer() else float)
 
@@ -457,7 +457,7 @@ def test_a_checkpoint_without_a_run_is_resumed_by_one(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == path == tmp_path / "step-00000005"
     assert distributed.run(1, resumed, path) == [[]]
     again = checkpoint.write(tmp_path, 5, tensors, {"a": 2})  # what `latest` names stays until the new one is whole
-    assert (again.name, checkpoint.latest(tmp_path)) == ("step-00000005-again", again)
+    assert (again.name, checkpoint.latest(tmp_path)) == ("step-00000005-2", again)
     assert path.exists()
 
 

@@ -18,7 +18,7 @@ from megamod import config
 from megamod.errors import MegamodError
 from megamod.model.shape import Shape, read_shape, shape_of
 from megamod.train import model_shape
-from megamod.weights import bitsandbytes, merge
+from megamod.weights import bitsandbytes, checksums, merge
 from megamod.weights.load import SINGLE, Random
 from megamod.weights.quantization import Quantization
 from megamod.weights.table import hf_shapes
@@ -142,6 +142,7 @@ def test_a_rank_with_a_fault_of_its_own_goes_on_as_the_others_do(base: Path, tmp
     where["weight_map"]["lm_head.weight"] = file.name
     index.write_text(json.dumps(where))
     (stored / "config.json").write_text(json.dumps({**about, "tie_word_embeddings": True}))
+    (stored / checksums.SUMS).unlink()
     done = launched(*SAME, "lora.r=3", "model.init=load", f"model.path={stored}", f"dir={tmp_path / 'run'}", "parallel.tp=2")
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("megamod: error:")]

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megamod import config
 from megamod.batch import Batch
 from megamod.config import RunConfig
+from megamod.data import saved_batch
 from megamod.data.chat import Encoder
 from megamod.data.documents import IGNORED, Document
 from megamod.data.loader import Loader, peek
@@ -309,6 +310,34 @@ def test_a_tokenizer_is_not_needed(folder: Path) -> None:
     assert tool.vocabulary(str(folder / "absent")) is None
 
 
+def test_a_saved_step_is_shown_as_the_loader_s(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, cut = str(folder / "run.py"), "data.rows_per_micro_batch=1"
+    file = saved_batch.save(tmp_path / "step-00000003.safetensors", batches(run_of(folder, cut), 3))
+    for more in ((), ("--cp", "4"), ("--color", "always")):
+        shown = printed(capsys, run, cut, "--rows", "2", "--saved", str(file), *more)
+        assert shown == printed(capsys, run, cut, "--rows", "2", "--step", "3", *more).replace("step 3 of 9", file.name)
+    (folder / "unread").mkdir()  # neither the data nor the model of the run are needed
+    alone = printed(capsys, run, cut, "--saved", str(file), "data.train=absent.jsonl", f"model.path={folder / 'unread'}")
+    assert alone.startswith(f"{file.name} · 2 rows of 320 = 640 tokens · ")
+
+
+def test_a_saved_step_of_another_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = str(folder / "run.py"), str(saved_batch.save(tmp_path / "saved", batches(run_of(folder, "data.rows_per_micro_batch=1"), 1)))
+    none = str(saved_batch.save(tmp_path / "none", []))
+    for arguments, wrong in (
+        (
+            ["--saved", file],
+            f"{file}: micro-batches of 320 tokens, and the config's have 640 (data.row_length 320 × rows_per_micro_batch 2): the config of "
+            "its run was expected",
+        ),
+        (["--saved", file, "--step", "1"], "--step 1: the file of --saved holds one step: leave one of them out"),
+        (["--saved", none], f"{none}: holds no micro-batch"),
+        (["--saved", "absent"], "absent: no such file: what a run saves of a step was expected"),
+    ):
+        assert tool.main([run, *arguments]) == 1
+        assert capsys.readouterr() == ("", f"megamod: error: {wrong}\n")
+
+
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(folder / "run.py")
     shared = "cannot share a micro-batch's 640 tokens (data.row_length 320 × rows_per_micro_batch 2)"
@@ -336,19 +365,18 @@ def document(text: str, trained_from: int) -> Document:
     return Document(tokens, np.where(np.arange(len(tokens)) < trained_from, IGNORED, tokens), np.zeros(len(tokens), np.bool_))
 
 
-def drawn(monkeypatch: pytest.MonkeyPatch, rows: list[list[Document]], row_length: int, cp: int) -> list[str]:
+def drawn(rows: list[list[Document]], row_length: int, cp: int) -> list[str]:
     """The lines of a step of one micro-batch, without the heading, the legend and what only fills a line."""
     batch = micro_batch(rows, row_length)
-    monkeypatch.setattr(tool, "peek", lambda *_: [batch])
     numbers = {"data.row_length": row_length, "data.rows_per_micro_batch": len(rows), "data.rows_per_step": len(rows), "parallel.cp": cp}
     cfg = config.load(TINY, [f"{key}={value}" for key, value in numbers.items()])
-    parts = tool.page(cfg, 1, len(rows), BYTE_WISE, coloured=False).renderables
+    parts = tool.page(cfg, "a step", [batch], len(rows), BYTE_WISE, coloured=False).renderables
     lines = [line.rstrip(" ═─") for part in parts[1:] for line in part.plain.split("\n")]
     return [line for line in lines if line and not line.startswith("context ")]
 
 
-def test_a_border_inside_a_document_and_inside_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert drawn(monkeypatch, [[document("abcdef", 3)]], 12, 3) == [
+def test_a_border_inside_a_document_and_inside_padding() -> None:
+    assert drawn([[document("abcdef", 3)]], 12, 3) == [
         "cp 3 · 12 tokens of a micro-batch on 3 ranks · micro-batch 1 of 1",
         "cp 0 · 4 tokens at 0–3  · labelled positions 2 · documents 1",
         "cp 1 · 4 tokens at 4–7  · labelled positions 1 · documents 1",
@@ -361,8 +389,8 @@ def test_a_border_inside_a_document_and_inside_padding(monkeypatch: pytest.Monke
     ]
 
 
-def test_a_border_between_documents_and_before_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert drawn(monkeypatch, [[document("ab", 9), document("cd", 1)]], 6, 3)[4:] == [
+def test_a_border_between_documents_and_before_padding() -> None:
+    assert drawn([[document("ab", 9), document("cd", 1)]], 6, 3)[4:] == [
         "══ row 1 of 1 · tokens 0–5 of micro-batch 1 · cp 0–2",
         "── document 1 · 2 tokens, 0 trained · not trained · positions 0–1 · at 0–1 · cp 0",
         "ab",
@@ -374,10 +402,10 @@ def test_a_border_between_documents_and_before_padding(monkeypatch: pytest.Monke
     ]
 
 
-def test_a_border_between_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_border_between_rows() -> None:
     """With two rows a micro-batch, half of its ranks is a row each; three ranks cut both rows inside."""
     rows = [[document("abcdef", 1)], [document("ghijkl", 5)]]
-    assert drawn(monkeypatch, rows, 6, 2)[1:] == [
+    assert drawn(rows, 6, 2)[1:] == [
         "cp 0 · 6 tokens at 0–5  · labelled positions 5 · documents 1",
         "cp 1 · 6 tokens at 6–11 · labelled positions 1 · documents 1",
         "══ row 1 of 2 · tokens 0–5 of micro-batch 1 · cp 0",
@@ -388,19 +416,19 @@ def test_a_border_between_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "── document 1 · 6 tokens, 1 trained · weight 1 · positions 0–5 · at 0–5 · cp 1",
         "ghijk⟦l⟧",
     ]
-    thirds = drawn(monkeypatch, rows, 6, 3)
+    thirds = drawn(rows, 6, 3)
     assert [line for line in thirds if "▐" in line] == ["a⟦bcd⟧▐cp 1▌⟦ef⟧", "gh▐cp 2▌ijk⟦l⟧"]
     assert [line[-6:] for line in thirds if "══" in line] == ["cp 0–1", "cp 1–2"]
 
 
-def test_the_label_of_the_first_token_after_a_border_counts_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = drawn(monkeypatch, [[document("abcd", 2)]], 4, 2)
+def test_the_label_of_the_first_token_after_a_border_counts_before_it() -> None:
+    lines = drawn([[document("abcd", 2)]], 4, 2)
     assert [line.split(" · ")[2] for line in lines[1:3]] == ["labelled positions 1", "labelled positions 1"]
     assert lines[-1] == "ab▐cp 1▌⟦cd⟧"
 
 
-def test_a_border_inside_a_character_and_after_a_line_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert drawn(monkeypatch, [[document("好", 9), document("\n好", 0)]], 7, 7)[8:] == [
+def test_a_border_inside_a_character_and_after_a_line_break() -> None:
+    assert drawn([[document("好", 9), document("\n好", 0)]], 7, 7)[8:] == [
         "══ row 1 of 1 · tokens 0–6 of micro-batch 1 · cp 0–6",
         "── document 1 · 3 tokens, 0 trained · not trained · positions 0–2 · at 0–2 · cp 0–2",
         "\\xe5▐cp 1▌\\xa5▐cp 2▌\\xbd",

@@ -31,6 +31,7 @@ from megamod.model.rope import inverse_frequencies
 from megamod.model.shape import FAMILIES, Rope, Shape, both_spellings, read_shape, shape_of
 from megamod.parallel.grid import started
 from megamod.weights import export as export_module
+from megamod.weights.checksums import SUMS
 from megamod.weights.export import export
 from megamod.weights.load import INDEX, SINGLE, Safetensors, check_keys, load
 from megamod.weights.table import boxes, hf_shapes, overlap, padded_vocab, pieces, share, table
@@ -173,7 +174,7 @@ def test_shards_index_companions_and_permissions(tmp_path: Path) -> None:
     shards = sorted(target.glob("*.safetensors"))
     assert len(shards) > 6
     assert [s.name for s in shards] == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    assert {f.name for f in target.iterdir()} == companions | {"config.json", INDEX} | {s.name for s in shards}
+    assert {f.name for f in target.iterdir()} == companions | {"config.json", INDEX, SUMS} | {s.name for s in shards}
     assert all((target / name).read_text() == f"{name} π" for name in companions)
     assert {f.stat().st_mode & 0o777 for f in target.iterdir()} == {0o640}
 

@@ -26,6 +26,7 @@ from megamod.data import chat
 from megamod.data.jsonl import row_of
 from megamod.errors import MegamodError, listed
 from megamod.verdicts import Severity, Verdict
+from megamod.weights import checksums
 
 COLOURS: dict[Severity, str] = {"safe": "green", "controversial": "yellow", "unsafe": "bold red"}
 
@@ -67,6 +68,7 @@ def load(directory: str) -> Any:
         MegamodError: it cannot, or the directory lacks weights, which transformers would draw at random.
     """
     on_gpu = torch.cuda.is_available()
+    checksums.verify(directory)
     try:
         model, about = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.bfloat16 if on_gpu else torch.float32, local_files_only=True, trust_remote_code=False,

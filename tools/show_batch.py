@@ -1,6 +1,7 @@
 """Show packed rows of a run as its loader makes them: what is read, what is trained, which tokens say the verdict, who holds them.
 
     python tools/show_batch.py configs/<run>.py [owner.key=value ...] --step 412 --rows 2 --cp 4
+    python tools/show_batch.py configs/<run>.py --saved FILE      the micro-batches that a run has saved of a step
 
 --step counts from 1, as the log does. Line breaks show as ⏎ and break the line; other control characters, and the parts of a
 character that several spans share, show as Python's escapes (\\t, \\u200b, \\xe4). Without colours trained tokens stand in ⟦ ⟧
@@ -32,6 +33,7 @@ from megamod import config
 from megamod.batch import Batch
 from megamod.command import command
 from megamod.config import RunConfig, SyntheticData
+from megamod.data import saved_batch
 from megamod.data.loader import peek
 from megamod.errors import MegamodError
 from megamod.train import model_shape
@@ -232,8 +234,8 @@ def legend(cp: int, *, coloured: bool) -> Text:
     return Text("  ").join([*words, Text(f"{BREAK} line break"), Text("\\xNN byte of a divided character")])
 
 
-def heading(cfg: RunConfig, step: int, made: Sequence[Batch], rows: Sequence[Sequence[Passage]]) -> str:
-    """A line about the whole step."""
+def heading(cfg: RunConfig, which: str, made: Sequence[Batch], rows: Sequence[Sequence[Passage]]) -> str:
+    """A line about the whole step, which is called `which`."""
     tokens = sum(len(batch.tokens) for batch in made)
     counts = {
         "trained": sum(len(batch.labels) for batch in made),
@@ -241,7 +243,7 @@ def heading(cfg: RunConfig, step: int, made: Sequence[Batch], rows: Sequence[Seq
         "padding": sum(len(passage) for row in rows for passage in row if passage.is_padding),
     }
     shares = " · ".join(f"{name} {count:,} ({count / tokens:.1%})" for name, count in counts.items())
-    return f"step {step} of {cfg.steps} · {len(rows)} rows of {cfg.data.row_length:,} = {tokens:,} tokens · {shares}"
+    return f"{which} · {len(rows)} rows of {cfg.data.row_length:,} = {tokens:,} tokens · {shares}"
 
 
 def shares(made: Sequence[Batch], rows: Sequence[Sequence[Sequence[Passage]]], of: int, cp: int) -> list[Text]:
@@ -308,14 +310,27 @@ def check_cp(cfg: RunConfig) -> None:
         )
 
 
-def page(cfg: RunConfig, step: int, shown: int, words: Vocabulary, *, coloured: bool) -> Group:
-    """The first `shown` rows of a step, below a header. Raises MegamodError."""
-    check_cp(cfg)
-    made = peek(cfg, model_shape(cfg), step)
+def saved(cfg: RunConfig, path: str) -> list[Batch]:
+    """The micro-batches in the file at `path`, of a run of `cfg`. Raises MegamodError."""
+    made = saved_batch.load(path)
+    tokens = cfg.data.row_length * cfg.data.rows_per_micro_batch
+    for batch in made:
+        if len(batch.tokens) != tokens:
+            raise MegamodError(
+                f"{path}: micro-batches of {len(batch.tokens)} tokens, and the config's have {tokens} (data.row_length "
+                f"{cfg.data.row_length} × rows_per_micro_batch {cfg.data.rows_per_micro_batch}): the config of its run was expected"
+            )
+    if not made:
+        raise MegamodError(f"{path}: holds no micro-batch")
+    return made
+
+
+def page(cfg: RunConfig, which: str, made: Sequence[Batch], shown: int, words: Vocabulary, *, coloured: bool) -> Group:
+    """The first `shown` rows of a step's micro-batches, below a header."""
     length, cp = cfg.data.row_length, cfg.parallel.cp
     cut = [passages(batch, length, cp) for batch in made]
     rows = [(which, batch, row) for which, (batch, its) in enumerate(zip(made, cut, strict=True), 1) for row in its]
-    parts: list[Text] = [Text(heading(cfg, step, made, [row for *_, row in rows]), "bold")]
+    parts: list[Text] = [Text(heading(cfg, which, made, [row for *_, row in rows]), "bold")]
     if cp > 1:
         some, *_ = rows[:shown][-1]  # micro-batches of which a row is shown
         parts += shares(made[:some], cut[:some], len(made), cp)
@@ -354,7 +369,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="owner.key=value")
-    parser.add_argument("--step", type=int, default=1, help="of the run, from 1 (default)")
+    parser.add_argument("--step", type=int, help="of the run, from 1 (default)")
+    parser.add_argument("--saved", metavar="FILE", help="show what a run has saved of a step, instead of what the loader makes")
     parser.add_argument("--rows", type=int, default=1, help="how many of the step's rows are printed, at most (default: 1)")
     parser.add_argument("--cp", type=int, metavar="N", help="ranks that share a micro-batch (default: the config's parallel.cp)")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal, unless NO_COLOR is set")
@@ -369,7 +385,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise MegamodError(f"--rows {args.rows}: at least 1 was expected")
     cfg = config.load(args.config, args.overrides + ([] if args.cp is None else [f"parallel.cp={args.cp}"]))
     words = None if isinstance(cfg.data.train, SyntheticData) else vocabulary(cfg.data.chat.tokenizer or cfg.model.path)
-    shown = page(cfg, args.step, args.rows, words or IDS, coloured=coloured)
+    if args.saved is not None and args.step is not None:
+        raise MegamodError(f"--step {args.step}: the file of --saved holds one step: leave one of them out")
+    check_cp(cfg)
+    if args.saved is not None:
+        which, made = Path(args.saved).name, saved(cfg, args.saved)
+    else:
+        step = 1 if args.step is None else args.step
+        which, made = f"step {step} of {cfg.steps}", peek(cfg, model_shape(cfg), step)
+    shown = page(cfg, which, made, args.rows, words or IDS, coloured=coloured)
     console.print(shown, soft_wrap=True)
 
 

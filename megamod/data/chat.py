@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megamod import foreign
 from megamod.config import ChatConfig
 from megamod.data.documents import IGNORED, Document
 from megamod.data.jsonl import Message, Row
@@ -440,7 +441,7 @@ def read_settings(model: str | Path, default: ChatConfig) -> ChatConfig:
     """`default` with what SETTINGS of the directory at `model` says, if it is there. Raises MegamodError for a damaged one."""
     file = Path(model) / SETTINGS
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = foreign.read_json(file)
         arguments = about["template_arguments"]
         if not isinstance(arguments, dict):
             raise TypeError("template_arguments is no object")

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megamod import foreign
 from megamod.errors import MegamodError, listed, nearest
 from megamod.files import replace_text
 from megamod.verdicts import SEVERITIES, Severity
@@ -37,6 +38,7 @@ Row = dict[str, Any]  # one line of the JSONL that is written
 Member = Callable[[Path, str], Callable[["Record"], bool]]  # (folder, split) → whether a record is in that split
 
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+LARGEST_LIST = 1 << 30  # characters
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON may hold one, UTF-8 cannot
 
@@ -237,7 +239,7 @@ def by_number(file: str, key: str, split: str) -> Member:
     def member(folder: Path, wanted: str) -> Callable[[Record], bool]:
         path = folder / file
         try:
-            numbers = set(json.loads(path.read_text(encoding="utf-8"))[key])
+            numbers = set(foreign.read_json(path)[key])
         except OSError as error:
             raise MegamodError(f"{path}: {error.strerror}: the JSON file of the split was expected") from None
         except (ValueError, KeyError, TypeError):
@@ -613,7 +615,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, decoded one by one so that a bad one can be named."""
     opener: Callable[..., Any] = PACKED.get(path.suffix, open)
     with opener(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in foreign.lines(file, path):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -647,7 +649,13 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """A list of objects; or one object a line, as some tools name .json too."""
-    text = "".join(line for _, line in _lines(path))
+    parts, size = [], 0
+    for _, line in _lines(path):
+        parts.append(line)
+        size += len(line)
+        if size > LARGEST_LIST:  # a packed file may hold a thousand times what it takes on the disk
+            raise MegamodError(f"{path}: a list of more than {LARGEST_LIST:,} characters: write one object a line")
+    text = "".join(parts)
     if not text.lstrip().startswith("["):
         yield from _jsonl(path)
         return

@@ -41,6 +41,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from megamod import foreign
 from megamod.errors import MegamodError, expected, nearest
 from megamod.verdicts import SEVERITIES, Severity, Verdict
 
@@ -135,7 +136,7 @@ def no_rows(path: str | Path) -> MegamodError:
 def lines_of(path: str | Path) -> Iterator[tuple[str, bytes]]:
     """`file:line` and the bytes of each line that is not blank; one bad character is then an error of its own line."""
     with expected("a JSONL file", path), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in foreign.lines(file, path):
             if line.strip():
                 yield f"{path}:{number}", line
 

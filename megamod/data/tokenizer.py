@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from megamod.data.jsonl import Message
 from megamod.errors import MegamodError
+from megamod.weights import checksums
 
 
 class Encoded(NamedTuple):
@@ -39,13 +40,15 @@ class Tokenizer:
             can end its own turn.
 
     Raises:
-        MegamodError: no tokenizer there, or one without a chat template, end token or offsets.
+        MegamodError: no tokenizer there, or one without a chat template, end token or offsets; small files that are not as their
+            checksums say.
     """
 
     def __init__(self, path: str | Path, template: str | None = None, arguments: Mapping[str, Any] | None = None) -> None:
         self.path = str(path)
         if not Path(path).is_dir():
             raise MegamodError(f"{path}: no such directory; a Hugging Face directory with a tokenizer was expected")
+        checksums.verify(path, wanted=checksums.is_small)
         try:
             self._backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its parsers raise

@@ -42,7 +42,7 @@ from megamod.model.shape import Shape
 from megamod.parallel.collectives import sum_later, together
 from megamod.parallel.grid import Grid
 from megamod.weights import peft, pissa
-from megamod.weights.load import Source
+from megamod.weights.load import Source, verify_together
 from megamod.weights.peft import Slot, saved, slots
 from megamod.weights.table import Piece, Placed, Row, pieces, placed, table
 from megamod_kernels.lora import Dropout, Part, Weight, dense, lora_down, lora_linear, lora_up, path
@@ -361,7 +361,11 @@ class Adapters:
 
         Args:
             initial: PiSSA's A₀ and B₀.
+
+        Raises:
+            MegamodError: on every rank alike: files that are not as their checksums say.
         """
+        verify_together(source, self.grid)
         known = source.shapes()
         for linear in self._linears:
             for low in linear.lows(name):

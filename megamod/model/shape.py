@@ -3,18 +3,21 @@
 A family is a row of FAMILIES. A new model of the Llama kind (RMSNorm, SwiGLU, RoPE, grouped queries) is one more row.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megamod import foreign
 from megamod.errors import MegamodError, listed, nearest
+from megamod.weights import checksums
 from megamod.weights.quantization import Quantization
 
 Json = Mapping[str, Any]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 MOST_LABELS = 63  # a position's classes are the bits of one int64
+LARGEST = 1 << 31  # of any count that a config.json may say
+MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Score:
 def score_from_json(value: Any, where: str) -> Score | None:
     """The Score of which `config.as_json` made `value`, an object or its text; None for null. Raises MegamodError."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        found = foreign.parse_json(value) if isinstance(value, str) else value
         if found is None:
             return None
         score = Score(tuple(map(str, found["labels"])), found["problem"], found["every_token"] is True)
@@ -245,12 +248,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The JSON object at `path`: a config.json, or a directory that holds one.
 
     Raises:
-        MegamodError: missing, not JSON, or a config that names code to run (`auto_map`).
+        MegamodError: missing, not JSON, not as its checksum says, or a config that names code to run (`auto_map`).
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
+    if file.name == "config.json":
+        checksums.verify(file.parent, wanted=lambda name: name == file.name)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = foreign.read_json(file)
     except OSError as error:
         raise MegamodError(f"{file}: cannot be read ({error.strerror}); a Hugging Face directory holds config.json") from None
     except ValueError as error:
@@ -315,6 +320,8 @@ def shape_of(config: Json) -> Shape:
         tied=flag("tie_word_embeddings"),
         sliding_window=_get(config, "sliding_window", int, None) if windowed else None,
     )
+    if decoder.layers > MOST_LAYERS:
+        raise ConfigJsonError(f"num_hidden_layers = {decoder.layers}: at most {MOST_LAYERS} were expected")
     return decoder.scored(_score_of(config))
 
 
@@ -376,6 +383,8 @@ def _get(config: Json, key: str, kind: type, default: Any = _NEEDED) -> Any:
     if not fits:
         what = {bool: "true or false", int: "a positive integer", float: "a positive number"}[kind]
         raise ConfigJsonError(f"{key} = {value!r}: {what} was expected")
+    if kind is int and value > LARGEST:
+        raise ConfigJsonError(f"{key} = {value}: at most {LARGEST} was expected")
     return value
 
 

@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamod import foreign
 from megamod.errors import MegamodError, listed, nearest
 from megamod.model.shape import ConfigJsonError, in_four_bits, read_config, read_shape
+from megamod.weights import checksums
 from megamod.weights.export import begin, drafting, refuse_taken, stream
-from megamod.weights.load import Safetensors, Scored, Source, check_keys
+from megamod.weights.load import Safetensors, Scored, Source, check_keys, directories, verify
 from megamod.weights.quantization import Quantization
 from megamod.weights.table import hf_shapes
 from megamod_kernels import nf4
@@ -36,6 +38,7 @@ AT_A_TIME = 1 << 21  # numbers, an even count; what is done to each of them take
 STATE = "quant_state.bitsandbytes__"
 SIDE = re.compile(r"(.+)\.(quant_map|absmax|nested_quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)")
 LARGEST = torch.finfo(torch.float32).max
+LARGEST_STATE = 1 << 16  # bytes of JSON; bitsandbytes writes some two hundred
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -117,6 +120,11 @@ class FourBits(ABC):
     def __init__(self, source: Source, matrices: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.source, self._matrices, self._shapes = source, matrices, shapes
         self._last: tuple[str, Stored] | None = None
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """What is read, which may have checksums."""
+        return directories(self.source)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the tensors, by name, as if none was quantised."""
@@ -357,9 +365,11 @@ class BitsAndBytes(FourBits):
         """The JSON in the tensor `key`, each entry of its kind."""
         if quant_type not in nf4.CODES:
             raise self._wrong(key, f"bitsandbytes' types are {' and '.join(nf4.CODES)}")
-        self._check(key, (math.prod(self._file.shapes()[key]),), torch.uint8)
+        self._check(key, (size := math.prod(self._file.shapes()[key]),), torch.uint8)
+        if size > LARGEST_STATE:
+            raise self._wrong(key, f"{size:,} bytes: a short JSON object was expected")
         try:
-            said = json.loads(bytes(self._whole(key).tolist()))
+            said = foreign.parse_json(bytes(self._whole(key).tolist()))
         except ValueError as error:
             raise self._wrong(key, f"not JSON ({error})") from None
         if not isinstance(said, dict):
@@ -447,6 +457,7 @@ def quantize(
         raise MegamodError(f"{source}: is in 4 bits already: plain weights were expected")
     plain = Safetensors(source)
     check_keys(plain, shape, str(source))
+    verify(plain)
     made, linears = Quantizing(plain, quantization), [name for name, size in hf_shapes(shape).items() if is_linear(name, size)]
     for name in linears:
         if made.dtype(name) not in DTYPES.values():
@@ -471,6 +482,7 @@ def quantize(
     with drafting(Path(out)) as draft:
         begin(draft, Path(source), Path(source), dtype, texts or {}, quantization=said)
         stream(draft, sizes, made.tensors, shard_bytes, "quantising")
+        checksums.seal(draft)
     return Path(out)
 
 

@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from megamod import foreign
 from megamod.errors import MegamodError, listed
 from megamod.files import finish, sync
 from megamod.model.shape import Score, Shape, both_spellings, read_config, read_shape, with_score
 from megamod.parallel.collectives import gathered, together
 from megamod.parallel.grid import Grid
+from megamod.weights import checksums
 from megamod.weights.load import INDEX
 from megamod.weights.table import Piece, hf_shapes, placed
 
@@ -76,7 +78,9 @@ def export(
         together(lambda: _prepare(shape, Path(source), target, draft, dtype, *others), acts=grid.rank == 0)
         files = _name_files(shards[grid.tp.rank] if grid.dp_cp.rank == 0 else [], shape, grid)
         together(lambda: _write_shards(stage, shards, files[grid.rank], draft, grid, dtype), acts=grid.dp_cp.rank == 0)
-        together(lambda: _finish(files, shape, draft, target, dtype), acts=grid.rank == 0)
+        sums = gathered(together(lambda: checksums.digests(draft, files[grid.rank], quiet=grid.rank != 0)) or {})
+        known = {name: digest for own in sums for name, digest in own.items()}
+        together(lambda: _finish(files, shape, draft, target, dtype, known), acts=grid.rank == 0)
     except MegamodError:
         if grid.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -232,7 +236,7 @@ def padding(tokenizer: Path, config: Mapping[str, Any]) -> int | None:
 def _read_small(file: Path) -> dict[str, Any]:
     """A JSON object of the tokenizer's; empty where it is missing or is something else: the tokenizer itself is no concern here."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = foreign.read_json(file)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -250,7 +254,7 @@ def _companions(source: Path, tokenizer: Path) -> list[Path]:
     found = []
     for directory, patterns in ((tokenizer, TOKENIZER), (source, MODEL)):
         for file in sorted(f for pattern in patterns for f in directory.glob(pattern)):
-            if file.resolve().parent != directory.resolve():  # what it shows might be a secret of this machine
+            if not foreign.is_inside(directory, file.name):  # what it shows might be a secret of this machine
                 raise MegamodError(f"{file}: a link that leaves the directory is not followed; put the file itself there")
             if file.is_file():
                 found.append(file)
@@ -303,10 +307,13 @@ def _gather(held: Sequence[tuple[int, nn.Parameter, Piece]], writer: int, grid: 
     return whole
 
 
-def _finish(files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: Path, target: Path, dtype: torch.dtype) -> None:
-    """Rank 0, last: the index, and the directory's name."""
+def _finish(
+    files: Sequence[Mapping[str, Sequence[str]]], shape: Shape, draft: Path, target: Path, dtype: torch.dtype, known: Mapping[str, str]
+) -> None:
+    """Rank 0, last: the index, the checksums (`known`: the shards'), and the directory's name."""
     where = {name: file for own in files for file, names in own.items() for name in names}
     write_index(draft, where, sum(math.prod(size) for size in hf_shapes(shape).values()) * dtype.itemsize)
+    checksums.seal(draft, known)
     sync(draft)
     os.rename(draft, target)
     sync(target.parent)

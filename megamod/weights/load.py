@@ -3,20 +3,22 @@
 Strict: every key of the checkpoint and every parameter exactly once, with the shape that config.json promises.
 """
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from megamod import foreign
 from megamod.errors import MegamodError, listed
 from megamod.model.shape import Shape, read_shape
+from megamod.parallel.collectives import together
 from megamod.parallel.grid import Grid
+from megamod.weights import checksums
 from megamod.weights.table import Held, Piece, frozen, hf_shapes, placed, zero_padding
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -33,6 +35,31 @@ class Source(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor: ...
+
+
+@runtime_checkable
+class OfDirectories(Protocol):
+    """A Source that reads whole directories, which may have checksums."""
+
+    @property
+    def directories(self) -> tuple[Path, ...]: ...
+
+
+def directories(source: Source) -> tuple[Path, ...]:
+    """What `source` reads; none where it is in memory, drawn, or has checksums of its own."""
+    return source.directories if isinstance(source, OfDirectories) else ()
+
+
+def verify(source: Source, rank: int = 0, world: int = 1) -> None:
+    """Compare the files that `source` reads with their checksums, where there are some; see `checksums.verify`. Raises MegamodError."""
+    for directory in directories(source):
+        checksums.verify(directory, rank, world)
+
+
+def verify_together(source: Source, grid: Grid) -> None:
+    """`verify`, its files shared by all ranks; every rank calls it. Raises MegamodError on every rank alike."""
+    if directories(source):
+        together(lambda: verify(source, grid.rank, grid.world))
 
 
 class Safetensors:
@@ -64,7 +91,7 @@ class Safetensors:
                 raise MegamodError(f"{self.directory}: holds neither {INDEX} nor {SINGLE}")
             return {}, {SINGLE}
         try:
-            where = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            where = foreign.read_json(file)["weight_map"]
             names = set(where.values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MegamodError(f"{file}: a JSON object with `weight_map` was expected ({error})") from None
@@ -72,11 +99,7 @@ class Safetensors:
 
     def _open(self, name: str) -> safe_open:
         path = self.directory / str(name)
-        try:
-            inside = path.resolve().parent == self.directory.resolve()
-        except ValueError:  # characters that no file name can have
-            inside = False
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or not inside:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not foreign.is_inside(self.directory, name):
             raise MegamodError(f"{self.directory / INDEX}: {name!r} must be a bare *.safetensors name inside the directory")
         try:
             return safe_open(path, framework="pt", device="cpu")
@@ -84,6 +107,10 @@ class Safetensors:
             raise MegamodError(f"{path}: missing, and the index names it") from None
         except (SafetensorError, OSError) as error:
             raise MegamodError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        return (self.directory,)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
@@ -158,6 +185,10 @@ class Scored:
                 raise MegamodError(f"the checkpoint's {name} is {own[name]}, and {shape.score} needs {size}")
         self._shapes = {name: size for name, size in {**scores, **own}.items() if name != "lm_head.weight"}
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        return directories(self.source)
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
@@ -174,13 +205,17 @@ class Scored:
 def weights_at(path: str | Path, shape: Shape, seed: int) -> Source:
     """The checkpoint at `path` for a model of `shape`: with a new head of scores, if `shape` has one and config.json does not.
 
+    Only names and shapes are read so far: they are compared with `shape` before anybody makes room for them.
+
     Raises:
-        MegamodError: see `Safetensors`, `BitsAndBytes`, `Scored` and `read_shape`.
+        MegamodError: see `Safetensors`, `BitsAndBytes`, `Scored`, `check_keys` and `read_shape`.
     """
     from megamod.weights.bitsandbytes import BitsAndBytes, says_four_bits  # not above: it stands on this module
 
     source: Source = BitsAndBytes(path) if says_four_bits(path) else Safetensors(path)
-    return source if shape.score is None or read_shape(path).score is not None else Scored(source, shape, seed)
+    source = source if shape.score is None or read_shape(path).score is not None else Scored(source, shape, seed)
+    check_keys(source, shape, str(path))
+    return source
 
 
 def check_keys(source: Source, shape: Shape, where: str) -> None:
@@ -204,9 +239,10 @@ def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, 
     """Fill this rank's chunks from `source`, converting the dtype, tensor by tensor; every rank calls it. Returns where all pieces lie.
 
     Raises:
-        MegamodError: see `check_keys`; or a tied checkpoint whose lm_head.weight is not its embedding.
+        MegamodError: see `check_keys` and `verify`; or a tied checkpoint whose lm_head.weight is not its embedding.
     """
     check_keys(source, shape, where)
+    verify_together(source, grid)
     own = (chunks, shape, grid.tp.size, grid.tp.rank)
     parameters = placed(*own)
     items: list[Held] = [*parameters, *frozen(*own)]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from megamod.errors import MegamodError
 from megamod.model.shape import Shape, read_shape
-from megamod.weights import peft
+from megamod.weights import checksums, peft
 from megamod.weights.bitsandbytes import quantised
 from megamod.weights.export import begin, drafting, refuse_taken, stream
-from megamod.weights.load import Source, check_keys, weights_at
+from megamod.weights.load import Source, check_keys, verify, weights_at
 from megamod.weights.quantization import Quantization
 from megamod.weights.table import hf_shapes
 
@@ -55,12 +55,15 @@ def merge(
         raise MegamodError(f"{adapter}: an adapter of a base in {found.quantization}, and {quantization} was asked for")
     weights = quantised(weights_at(base, shape, 0), quantization or found.quantization, str(adapter))
     check_keys(weights, shape, str(base))
+    verify(weights)
+    verify(found)
     peft.check_base(found, weights, shape, str(adapter))
     merged = Merged(weights, found, shape, dtype)
     sizes = {name: math.prod(size) * merged.dtype(name).itemsize for name, size in merged.shapes().items()}
     with drafting(Path(out)) as draft:
         begin(draft, Path(base), Path(base), merged.dtype("model.embed_tokens.weight"), texts or {}, shape.score)
         stream(draft, sizes, lambda name: {name: merged.read(name)}, shard_bytes, "merging")
+        checksums.seal(draft)
     return Path(out)
 
 

@@ -18,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megamod import checkpoint, files
+from megamod import checkpoint, files, foreign
 from megamod.config import InitLora, LoraConfig, as_json
 from megamod.errors import MegamodError, listed, nearest
 from megamod.model.shape import Problem, Score, Shape, read_shape, score_from_json, unnamed
+from megamod.weights import checksums
 from megamod.weights.bitsandbytes import four_bits, quantised
 from megamod.weights.export import drafting, refuse_taken, write_json, write_texts
 from megamod.weights.fingerprint import of_source
-from megamod.weights.load import Safetensors, Source, Tensors, check_keys, weights_at
+from megamod.weights.load import Safetensors, Source, Tensors, check_keys, directories, verify, weights_at
 from megamod.weights.quantization import Quantization, quantization_from_json
 from megamod.weights.table import hf_shapes
 
@@ -281,8 +282,9 @@ def read_config(directory: str | Path) -> LoraConfig:
 
 def _read_json(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
+    checksums.verify(directory, wanted=lambda name: name == CONFIG)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = foreign.read_json(file)
     except OSError as error:
         raise MegamodError(f"{file}: cannot be read ({error.strerror}); a PEFT directory holds {CONFIG}") from None
     except ValueError as error:
@@ -424,6 +426,7 @@ class Peft:
 
     def __init__(self, directory: str | Path) -> None:
         root = Path(directory)
+        self.directories: tuple[Path, ...] = (root,)
         about = _read_json(root)
         self.config = _config_of(about, str(root / CONFIG))
         self.ties = about.get("ensure_weight_tying") is True  # a tied model's head is the copy of its embedding
@@ -494,7 +497,7 @@ def _open(root: Path) -> safe_open:
         if pickles:
             raise MegamodError(f"{pickles[0]}: a pickle may hold code and is not opened; save with PEFT's safe_serialization=True")
         raise MegamodError(f"{root}: holds no {TENSORS}")
-    if file.resolve().parent != root.resolve():
+    if not foreign.is_inside(root, TENSORS):
         raise MegamodError(f"{file}: a link that leaves the directory is not followed; put the file itself there")
     try:
         return safe_open(file, framework="pt", device="cpu")
@@ -534,6 +537,7 @@ class Checkpoint:
         self.score = score_from_json(shape.get("score") if isinstance(shape, dict) else None, f"{manifest}: shape.score")
         begun = Path(path).resolve().parents[1] / str(about.get("initial", INITIAL))
         self._initial = Safetensors(begun) if cfg.init_lora_weights == "pissa" else None
+        self.directories: tuple[Path, ...] = () if self._initial is None else directories(self._initial)
         sizes = {name: torch.empty(size, device="meta") for name, size in self._masters.shapes().items()}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in plain(cfg, sizes, sizes)[1].items()}
 
@@ -761,6 +765,7 @@ def write(
         files.finish(draft / TENSORS)
         write_json(draft / CONFIG, config_json(cfg, shape, base))
         write_texts(draft, texts or {})
+        checksums.seal(draft)
     return target
 
 
@@ -780,6 +785,7 @@ def export(
     """
     refuse_taken(Path(directory))
     adapter = Checkpoint(checkpoint_at(Path(path)) or path)
+    verify(adapter)
     return write(
         directory, whole(adapter), adapter.config, shape, base=base or adapter.model, fingerprint=adapter.base,
         quantization=adapter.quantization, texts=texts,
@@ -797,6 +803,8 @@ def adopt(directory: str | Path, base: str | Path, out: str | Path) -> Path:
     adapter = opened(directory, shape)
     weights = quantised(weights_at(base, shape, seed=0), adapter.quantization, str(directory))  # its own head of scores counts, none drawn
     check_keys(weights, shape, str(base))
+    verify(weights)
+    verify(adapter)
     in_training = four_bits(weights)
     check_base(adapter, weights, shape, str(directory))
     masters = whole(adapter)

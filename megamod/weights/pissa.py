@@ -21,8 +21,9 @@ from megamod.errors import MegamodError
 from megamod.model.shape import Shape
 from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
+from megamod.weights import checksums
 from megamod.weights.export import write_json
-from megamod.weights.load import INDEX, Safetensors, Source
+from megamod.weights.load import INDEX, Safetensors, Source, verify_together
 from megamod.weights.peft import Slot, slots
 
 
@@ -46,7 +47,7 @@ def begin(directory: Path, base: Source, cfg: LoraConfig, shape: Shape, grid: Gr
     """A₀ and B₀ of every linear that `cfg` adapts, from `directory`; made there if it does not exist. Every rank calls it.
 
     Raises:
-        MegamodError: on every rank alike: a write that fails.
+        MegamodError: on every rank alike: a write that fails, or files that are not as they were written.
     """
     draft = directory.with_name(f".{directory.name}.tmp")
     if not on_first(directory.exists):
@@ -57,7 +58,17 @@ def begin(directory: Path, base: Source, cfg: LoraConfig, shape: Shape, grid: Gr
         together(lambda: _finish(draft, directory, where), acts=grid.rank == 0)
     found = together(lambda: Safetensors(directory))
     assert found is not None
+    verify_together(found, grid)
     return found
+
+
+def bring(beginning: Path, directory: Path) -> None:
+    """Let a run that goes on from another run's checkpoint have its beginning, too: made again, it might have other bits."""
+    if beginning.is_dir() and not directory.exists():
+        draft = directory.with_name(f".{directory.name}.tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(beginning, draft)
+        os.rename(draft, directory)
 
 
 def dealt(cfg: LoraConfig, shape: Shape, grid: Grid) -> list[Slot]:
@@ -85,6 +96,7 @@ def _write_own(file: Path, base: Source, own: Sequence[Slot], grid: Grid) -> lis
 
 def _finish(draft: Path, directory: Path, where: dict[str, str]) -> None:
     write_json(draft / INDEX, {"weight_map": dict(sorted(where.items()))})
+    checksums.seal(draft)
     files.sync(draft)
     os.rename(draft, directory)
     files.sync(directory.parent)

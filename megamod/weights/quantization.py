@@ -1,9 +1,9 @@
 """Which linears of a base are kept in 4 bits, and how: in the words of transformers' BitsAndBytesConfig."""
 
-import json
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megamod import foreign
 from megamod.errors import MegamodError, nearest
 from megamod_kernels.nf4 import BLOCK_SIZES, CODES, QuantType
 
@@ -38,7 +38,7 @@ class Quantization:
 def quantization_from_json(value: Any, where: str) -> Quantization | None:
     """The Quantization of which `config.as_json` made `value`, an object or its text; None for null. Raises MegamodError."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        found = foreign.parse_json(value) if isinstance(value, str) else value
         if found is None:
             return None
         given = {f.name: found[f.name] for f in fields(Quantization)}

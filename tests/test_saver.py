@@ -1,0 +1,363 @@
+"""Runs that save while they go on, that are asked to end, that cannot write, and that begin again: what each leaves, and says."""
+
+import contextlib
+import gc
+import io
+import itertools
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import distributed
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from megamod import checkpoint, files, losses
+from megamod.batch import Batch
+from megamod.config import CheckpointConfig, load
+from megamod.data import saved_batch
+from megamod.data.loader import peek
+from megamod.errors import MegamodError
+from megamod.losses import Loss
+from megamod.model.head import Head
+from megamod.saver import staying
+from megamod.train import model_shape, train
+
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
+SMALL = [
+    "data.row_length=128", "data.rows_per_step=2", "data.train.documents=24", "checkpoint.export=false", "log.every=1",
+    "log.tensorboard=false", "steps=6", "checkpoint.every=2",
+]  # fmt: skip
+
+# ---- what a rank does
+
+Event = Callable[[int, Loss], Loss]  # told the step, from 1, and its loss
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run left."""
+
+    error: str
+    said: str
+    listed: list[str]
+    there: list[str]
+    losses: dict[int, float | None]
+
+
+def run(overrides: list[str], event: Event = lambda now, loss: loss) -> Left:
+    """configs/tiny.py, small, on the ranks of the world; `event` is part of its loss."""
+    calls = itertools.count(1)
+
+    def loss(head: Head, batch: Batch) -> Loss:
+        return event(next(calls), losses.cross_entropy(head, batch))
+
+    cfg = replace(load(TINY, [*SMALL, *overrides]), loss=loss)
+    said, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(said):
+        try:
+            train(cfg)
+        except MegamodError as fault:
+            error = str(fault)
+    gc.collect()
+    root = Path(cfg.dir, "checkpoints")
+    metrics = Path(cfg.dir, "metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    dist.barrier()  # before the next one writes
+    return Left(
+        error, said.getvalue(), (root / "latest").read_text().split() if (root / "latest").exists() else [],
+        sorted(path.name for path in root.glob("*")), {line["step"]: line["loss"] for line in lines if "loss" in line},
+    )  # fmt: skip
+
+
+def signalled(step: int, number: int, rank: int) -> Event:
+    """Rank `rank` gets a signal in step `step`."""
+
+    def event(now: int, loss: Loss) -> Loss:
+        if now == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), number)
+        return loss
+
+    return event
+
+
+def without_room(first: int, stop: int | None) -> Event:
+    """From step `first` on, before step `stop`, no file can grow beyond some kilobytes."""
+
+    def event(now: int, loss: Loss) -> Loss:
+        if now in (first, stop):
+            limit = 20_000 if now == first else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return loss
+
+    return event
+
+
+def not_a_number(*steps: int) -> Event:
+    return lambda now, loss: loss._replace(value=loss.value * (float("nan") if now in steps else 1))
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {name: value}):
+        yield
+
+
+def scenarios(root: Path) -> dict[str, Any]:
+    """All runs of this file, one after the other, in two ranks."""
+    found: dict[str, Any] = {}
+
+    def at(name: str) -> str:
+        return f"dir={root / name}"
+
+    found["whole"] = run([at("whole")])
+    found["blocking"] = run([at("blocking"), "checkpoint.asynchronous=false"])
+    found["kept"] = run([at("kept"), "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3"])
+
+    for number, rank in ((signal.SIGUSR1, 1), (signal.SIGTERM, 0)):
+        name = signal.Signals(number).name
+        handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+        asked = [at(name), f"checkpoint.requeue_file={root / name}.again"]
+        found[name] = run(asked, signalled(3, number, rank))
+        found[f"{name} again"] = (root / f"{name}.again").exists()
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers, "they are put back"
+        found[f"{name} on"] = run([at(name)])
+    found["late"] = run([at("late"), "checkpoint.stop_at=1"])
+    found["in time"] = run([at("in time"), f"checkpoint.stop_at={int(time.time()) + 10_000}"])
+
+    waiting = ["checkpoint.asynchronous=false"]  # a file that was still being written would meet the limit, too
+    try:
+        found["full"] = run([at("full"), *waiting], without_room(2, 3))
+        found["full to the end"] = run([at("full to the end"), *waiting], without_room(5, None))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    found["room again"] = run([at("full to the end")])
+
+    found["nan once more"] = run([at("nan once more")], not_a_number(2, 3, 5))
+    found["nan"] = run([at("nan")], not_a_number(2, 3, 4, 5, 6))
+
+    # From another run's checkpoint; begun again where one was; and started again by a launcher, which means it to go on.
+    found["elsewhere"] = run([at("elsewhere"), f"checkpoint.resume={root}/whole/checkpoints/step-00000002"])
+    with environment("TORCHELASTIC_RESTART_COUNT", "1"):
+        found["elsewhere again"] = run([at("elsewhere"), f"checkpoint.resume={root}/whole/checkpoints/step-00000002"])
+    found["back"] = run([at("kept"), f"checkpoint.resume={root}/kept/checkpoints/step-00000003", "steps=6", "checkpoint.keep_last=2"])
+    found["anew"] = run([at("elsewhere"), "checkpoint.resume=no", "steps=6", "checkpoint.stop_at=1"])
+    with environment("SLURM_RESTART_COUNT", "2"):
+        found["anew again"] = run([at("elsewhere"), "checkpoint.resume=no"])
+    found["nowhere"] = run([at("nowhere"), f"checkpoint.resume={root}/whole/checkpoints/step-00000003"])
+    with files.locked(root / "held") if dist.get_rank() == 0 else contextlib.nullcontext():
+        dist.barrier()
+        found["held"] = run([at("held")])
+    found["beside"] = beside(root / "beside")
+    return found
+
+
+def beside(directory: Path) -> list[bool]:
+    """Whether each file was written while later steps went on: its writer waits for a step that the run makes after the save."""
+    stepped, waits = {4: threading.Event(), 6: threading.Event()}, []
+
+    def event(now: int, loss: Loss) -> Loss:
+        if now in stepped:
+            stepped[now].set()
+        return loss
+
+    def slow(tensors: Any, file: Path) -> None:
+        step = int(file.parent.name[6:14])
+        if step + 2 in stepped:  # what is saved after step 2 waits for step 4; the save after it, for this one
+            waits.append(stepped[step + 2].wait(60))
+        original(tensors, file)
+
+    original = checkpoint.save_file
+    with mock.patch.object(checkpoint, "save_file", slow):
+        run([f"dir={directory}"], event)
+    return waits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saver")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    """Of the rank that reports: with two data-parallel ranks, the first."""
+    result: dict[str, Any] = distributed.run(2, scenarios, folder)[0]
+    return result
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    return {f"{file.name} {key}": value for file in sorted(path.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two checkpoints of the same grid hold the same bits."""
+    one, other = contents(a), contents(b)
+    return bool(one) and one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def last(folder: Path, name: str, step: int = 6) -> Path:
+    return folder / name / "checkpoints" / f"step-{step:08d}"
+
+
+# ---- saves beside the steps
+
+
+def test_what_is_written_meanwhile_is_the_state_at_the_save(folder: Path, found: dict[str, Any]) -> None:
+    assert found["whole"].listed == ["step-00000006", "step-00000004", "step-00000002"] == found["blocking"].listed
+    for step in (2, 4, 6):
+        assert same(last(folder, "whole", step), last(folder, "blocking", step))
+    assert not same(last(folder, "whole", 2), last(folder, "whole", 4)), "they would prove nothing"
+
+
+def test_steps_go_on_while_a_save_is_written(found: dict[str, Any]) -> None:
+    assert found["beside"] == [True, True]
+
+
+def test_a_save_is_said_to_be_done_when_it_is(found: dict[str, Any]) -> None:
+    assert [f"step-{n:08d} in" in found["whole"].said for n in range(1, 7)] == [False, True] * 3
+
+
+def test_old_ones_go_when_a_new_one_is_whole(found: dict[str, Any]) -> None:
+    kept = found["kept"]
+    assert kept.listed == ["step-00000006", "step-00000005", "step-00000003"]
+    assert kept.there == ["latest", *reversed(kept.listed)]
+
+
+STEPS = st.lists(st.integers(1, 60), min_size=1, max_size=12, unique=True).map(lambda steps: sorted(steps, reverse=True))
+
+
+@given(STEPS, st.none() | st.integers(1, 5), st.none() | st.integers(1, 9), st.none() | st.integers(1, 9), st.none() | st.integers(1, 60))
+def test_which_stay(steps: list[int], every: int | None, keep_last: int | None, keep_every: int | None, best: int | None) -> None:
+    cfg = CheckpointConfig(every=every, keep_last=keep_last, keep_every=keep_every if keep_last is not None else None)
+    stay = [checkpoint.step_of(name) for name in staying([f"step-{step:08d}" for step in steps], cfg, best)]
+    assert stay == [step for step in steps if step in stay], "in their order"
+    assert stay[0] == steps[0]
+    assert best not in steps or best in stay
+    recent = steps[:keep_last] if keep_last is not None else [step for step in steps if every and step % every == 0]
+    for_good = [step for step in steps if cfg.keep_every and step % cfg.keep_every == 0]
+    assert set(stay) == {steps[0], *recent, *for_good, *({best} & set(steps))}
+
+
+# ---- asked to end
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_any_rank_ends_the_run_saved(folder: Path, found: dict[str, Any], name: str) -> None:
+    ended = found[name]
+    assert f"stopped after step 3 of 6: {name}; the same command goes on from there" in ended.said
+    assert ended.listed[0] == "step-00000003"
+    assert list(ended.losses) == [1, 2, 3]
+    assert found[f"{name} again"], "the launcher's file"
+    on = found[f"{name} on"]
+    assert "resumed after step 3" in on.said
+    assert on.losses == found["whole"].losses
+    assert same(last(folder, name), last(folder, "whole"))
+    assert on.listed == found["whole"].listed, "what no schedule asked for goes with the next save"
+
+
+def test_the_time_is_up(folder: Path, found: dict[str, Any]) -> None:
+    assert "stopped after step 0 of 6: its time is up (checkpoint.stop_at)" in found["late"].said
+    assert (found["late"].listed, found["late"].there) == ([], [])
+    assert same(last(folder, "in time"), last(folder, "whole"))
+
+
+# ---- no room
+
+
+def test_a_save_without_room_is_said_and_the_run_goes_on(folder: Path, found: dict[str, Any]) -> None:
+    full = found["full"]
+    assert full.error == ""
+    assert "step 2 was not saved: " in full.said
+    assert "File too large" in full.said
+    assert full.listed == ["step-00000006", "step-00000004"]
+    assert full.there == ["latest", "step-00000004", "step-00000006"], "nothing of it is left"
+    assert same(last(folder, "full"), last(folder, "whole"))
+
+
+def test_a_last_save_without_room_is_an_error_and_loses_nothing(folder: Path, found: dict[str, Any]) -> None:
+    full = found["full to the end"]
+    assert full.error.startswith("step 6 was not saved: ")
+    assert full.error.count("\n") == 0
+    assert full.listed == ["step-00000004", "step-00000002"]
+    assert "resumed after step 4" in found["room again"].said
+    assert same(last(folder, "full to the end"), last(folder, "whole"))
+
+
+# ---- losses that are no numbers
+
+
+def test_a_step_that_is_not_finite_is_skipped(found: dict[str, Any]) -> None:
+    run = found["nan once more"]
+    assert run.error == ""
+    assert [step for step, loss in run.losses.items() if loss is None] == [2, 3, 5]
+    assert run.said.count("skipped 1") == 3
+
+
+def test_too_many_of_them_end_the_run(folder: Path, found: dict[str, Any]) -> None:
+    error = found["nan"].error
+    assert "step 4: its value is nan, and 3 steps in a row were skipped" in error
+    assert found["nan"].listed == ["step-00000002"], "the state before them"
+    assert f"its micro-batches are in {folder}/nan/skipped: see tools/show_batch.py --saved" in error
+    kept = sorted((folder / "nan" / "skipped").iterdir())
+    assert [file.name for file in kept] == [f"step-00000004-dp-000{rank}.safetensors" for rank in (0, 1)]
+    cfg = load(TINY, [*SMALL, f"dir={folder / 'nan'}"])
+    tokens = [[batch.tokens.tolist() for batch in batches] for batches in (peek(cfg, model_shape(cfg), 4), *map(saved_batch.load, kept))]
+    assert sorted(tokens[0]) == sorted(tokens[1] + tokens[2])
+
+
+# ---- where a run begins
+
+
+def test_from_another_runs_checkpoint(folder: Path, found: dict[str, Any]) -> None:
+    assert f"resumed after step 2 from {folder}/whole/checkpoints/step-00000002" in found["elsewhere"].said
+    assert found["elsewhere"].listed == ["step-00000006", "step-00000004"]
+    assert same(last(folder, "elsewhere"), last(folder, "whole"))
+    assert f"resumed after step 6 from {folder}/elsewhere/checkpoints" in found["elsewhere again"].said, "a restart goes on"
+
+
+def test_back_to_an_earlier_one(found: dict[str, Any]) -> None:
+    assert "resumed after step 3" in found["back"].said
+    assert found["back"].listed == ["step-00000006", "step-00000004"]
+    assert "step-00000005" in found["back"].there, "what was given up is not removed"
+
+
+def test_to_begin_anew_forgets_what_was_there(folder: Path, found: dict[str, Any]) -> None:
+    assert found["anew"].listed == ["none"]
+    assert "step-00000004" in found["anew"].there
+    assert "resumed" not in found["anew again"].said, "nothing of the new run was saved yet"
+    assert same(last(folder, "elsewhere"), last(folder, "whole"))
+
+
+def test_from_a_checkpoint_that_is_not_there(folder: Path, found: dict[str, Any]) -> None:
+    assert found["nowhere"].error.startswith(f"checkpoint.resume = {folder}/whole/checkpoints/step-00000003: ")
+    assert found["nowhere"].error.endswith("cannot be read (No such file or directory)")
+
+
+def test_two_runs_in_one_directory(found: dict[str, Any]) -> None:
+    assert "another run is at work here (process " in found["held"].error
+    assert found["held"].there == []
+
+
+def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
+    with files.locked(tmp_path / "run"), pytest.raises(MegamodError, match=f"process {os.getpid()} on "), files.locked(tmp_path / "run"):
+        pass
+    with files.locked(tmp_path / "run"):
+        pass
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MegamodError, match="a directory that can be written was expected"), files.locked(tmp_path / "file" / "run"):
+        pass
