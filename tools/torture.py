@@ -645,36 +645,44 @@ def disk(place: Place) -> Report:
     size = sum(file.stat().st_size for file in (newest(reference) or reference).iterdir())
     outcomes: dict[str, str] = {}
 
-    def tried(name: str, job: Job, fail: Callable[[], None], mend: Callable[[], None], *, while_it_runs: bool = False, **how: Any) -> None:
-        run = job.directory
+    def tried(
+        name: str, job: Job, fail: Callable[[], None], mend: Callable[[], None], *, after: int = 0, mends: bool = False, **how: Any
+    ) -> None:
+        """Fail once step `after` is logged; mend when the run has ended or, with `mends`, when it has said what is wrong."""
+        run, said = job.directory, place.said(job)
         place.undisturbed(job.but("steps=4"))
         good = newest(run)
         assert good is not None
         before = digest(good)
-        fail()
-        said = place.said(job)
-        if while_it_runs:
-            said.unlink(missing_ok=True)
-            life = place.nursery.start(job, said, **how)
-            while not life.ended() and "No space left" not in (said.read_text() if said.exists() else ""):
-                time.sleep(POLL)
+        said.write_text("", encoding="utf-8")
+        if not after:
+            fail()
+        life = place.nursery.start(job, said, **how)
+        while after and steps_logged(run) < after and not life.ended():
+            time.sleep(POLL)
+        if after:
+            fail()
+        while mends and "No space left" not in said.read_text(encoding="utf-8") and not life.ended():
+            time.sleep(POLL)
+        if mends:
             mend()
-            by_itself = end(life, PATIENCE)
-            ended = Ended(life.statuses() if by_itself else None, said.read_text())
-        else:
-            ended = place.run(job, **how)
-        wrong = [] if (good.is_dir() and digest(good) == before) or ended.well else ["the last good checkpoint is not as it was"]
+        by_itself = end(life, PATIENCE)
+        ended = Ended(life.statuses() if by_itself else None, said.read_text(encoding="utf-8", errors="replace"))
+        wrong = []
+        if good.name in listed_in(run) and digest(good) != before:
+            wrong.append("the last good checkpoint is not as it was")
         if not ended.well and not ended.refused:
             wrong.append(f"it ended with {ended.how}: {tail(said)}")
-        if ended.well and not while_it_runs:
+        if ended.well and not mends and not after:
             wrong.append("it ended well, and its last save cannot have been")
         outcomes[name] = "went on" if ended.well else "stopped with one line" if ended.refused else ended.how
-        if not while_it_runs:
+        if not mends:
             mend()
         if not ended.well:
             again = place.run(job)
             wrong += [] if again.well else [f"with room again: {again.how}: {tail(said)}"]
-        report.faults.extend(f"{name}: {line}" for line in (wrong or same_end(run, reference)))
+        wrong = wrong or same_end(run, reference)
+        report.faults.extend(f"{name}: {line}" for line in wrong)
         print(f"disk · {name}: {outcomes[name]}{', and then the same bits' if not wrong else ''}", flush=True)
 
     job = place.job("disk-limit", steps, *KEEP)
@@ -698,7 +706,8 @@ def disk(place: Place) -> Report:
                 shutil.rmtree(run.directory)
 
             full("a disk with room for half a checkpoint", size // 2)
-            full("a disk that has room again while the run goes on", size // 2, while_it_runs=True)
+            full("a disk that has room again while the run goes on", size // 2, mends=True)
+            full("a disk that fills while the run goes on", 0, after=6)
             full("a disk without a free byte", 0)
             run = place.job("small/read-only", steps, *KEEP)
             mount = ("mount", "-o")
