@@ -56,6 +56,11 @@ FEW_HEADS: dict[str, dict[str, Any]] = {
     "qwen2-4heads": {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e6},
 }  # fmt: skip
 
+# Half as deep as the others, for tests of many grids.
+SHALLOW: dict[str, dict[str, Any]] = {
+    "qwen3-shallow": {"model_type": "qwen3", "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 1e6},
+}  # fmt: skip
+
 # Heads of scores in the vocabulary's place, as transformers writes them: a classifier of texts, of tokens, a reward model.
 SCORED: dict[str, dict[str, Any]] = {
     "qwen2-classes": {
@@ -81,7 +86,11 @@ STREAMED: dict[str, dict[str, Any]] = {
 
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model."""
+<<<<<<< HEAD
     return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SCORED, **STREAMED}[name], **changes}
+=======
+    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SHALLOW, **SCORED}[name], **changes}
+>>>>>>> torture
 
 
 @functools.cache
