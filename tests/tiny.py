@@ -86,11 +86,7 @@ STREAMED: dict[str, dict[str, Any]] = {
 
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model."""
-<<<<<<< HEAD
-    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SCORED, **STREAMED}[name], **changes}
-=======
-    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SHALLOW, **SCORED}[name], **changes}
->>>>>>> torture
+    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SHALLOW, **SCORED, **STREAMED}[name], **changes}
 
 
 @functools.cache
