@@ -17,9 +17,9 @@ def stub(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A Slurm that runs what it is given here, and a torchrun that says what it was given."""
-    stub(tmp_path, "srun", 'exec "$@"')
-    stub(tmp_path, "scontrol", f'[ "$1" = show ] && echo "node1\nnode2" || echo "$@" >> {tmp_path}/scontrol.log')
+    """A Slurm that runs what it is given here, from a daemon that knows no trap of the job's, and a torchrun that says what it was given."""
+    stub(tmp_path, "srun", 'exec env --default-signal "$@"')
+    stub(tmp_path, "scontrol", f'[ "$1" = show ] && seq -f node%g 20000 || echo "$@" >> {tmp_path}/scontrol.log')
     stub(tmp_path, "torchrun", f'printf "%s\\n" "$@" > {tmp_path}/torchrun.log; kill -USR1 $$; eval "$RUN"')
     return tmp_path
 
