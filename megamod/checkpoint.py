@@ -215,13 +215,17 @@ def _finish(manifest: Mapping[str, Any], draft: Path, final: Path, keep: Callabl
 
 
 def begin(directory: str | Path, begun: Path | None) -> None:
-    """Let a run's `checkpoints` list those that the one at `begun` continues and itself, or none where it is not there.
+    """Let a run's `checkpoints` list the one at `begun` and those that it continues, or none where it is another directory's.
 
-    So that what comes is never mistaken for a part of a run that was given up. Nothing is removed.
+    So that what comes is never mistaken for a part of a run that was given up. Nothing is removed. Of one that was given up before, and
+    is gone on with after all, it is not known what it continues.
     """
     root = Path(directory)
-    listed_now = _candidates(root)
-    names = listed_now[listed_now.index(begun.name) :] if begun is not None and begun.resolve().parent == root.resolve() else []
+    listed_now, at = _candidates(root), begun.resolve() if begun is not None else None
+    if at is None or at.parent != root.resolve() or not NAME.fullmatch(at.name):
+        names = []
+    else:
+        names = listed_now[listed_now.index(at.name) :] if at.name in listed_now else [at.name]
     if names != listed_now:
         _track(root, names)
 

@@ -58,12 +58,16 @@ class Saver:
     ) -> None:
         """Begin to save the state after `step` steps; the save before it has ended then. That one fails is said, and the run goes on.
 
+        But not after a fault that is not a MegamodError: ranks that no longer agree would save nothing, and say nothing of it.
+
         Args:
             about: JSON that `checkpoint.resume` hands back.
             reference: as in `checkpoint.snapshot`.
             best: a step whose checkpoint stays for being the best.
         """
         self._wait()
+        if self._fault is not None and not isinstance(self._fault, MegamodError):
+            raise self._fault
         self.step, self._fault = step, None
         taken = checkpoint.snapshot(step, optimizer, self._grid.rank, reference, self._copy if self._cfg.asynchronous else None)
         if self._grid.device.type == "cuda":

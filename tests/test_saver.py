@@ -32,6 +32,7 @@ from megamod.data.loader import peek
 from megamod.errors import MegamodError
 from megamod.losses import Loss
 from megamod.model.head import Head
+from megamod.parallel import grid as grids
 from megamod.saver import staying
 from megamod.train import model_shape, train
 
@@ -153,6 +154,7 @@ def scenarios(root: Path) -> dict[str, Any]:
     with environment("TORCHELASTIC_RESTART_COUNT", "1"):
         found["elsewhere again"] = run([at("elsewhere"), f"checkpoint.resume={root}/whole/checkpoints/step-00000002"])
     found["back"] = run([at("kept"), f"checkpoint.resume={root}/kept/checkpoints/step-00000003", "steps=6", "checkpoint.keep_last=2"])
+    found["after all"] = run([at("kept"), f"checkpoint.resume={root}/kept/checkpoints/step-00000005", "checkpoint.keep_last=2"])
     found["anew"] = run([at("elsewhere"), "checkpoint.resume=no", "steps=6", "checkpoint.stop_at=1"])
     with environment("SLURM_RESTART_COUNT", "2"):
         found["anew again"] = run([at("elsewhere"), "checkpoint.resume=no"])
@@ -161,6 +163,7 @@ def scenarios(root: Path) -> dict[str, Any]:
         dist.barrier()
         found["held"] = run([at("held")])
     found["beside"] = beside(root / "beside")
+    found["broken"] = broken(root / "broken")
     return found
 
 
@@ -183,6 +186,24 @@ def beside(directory: Path) -> list[bool]:
     with mock.patch.object(checkpoint, "save_file", slow):
         run([f"dir={directory}"], event)
     return waits
+
+
+def broken(directory: Path) -> str:
+    """What ends a run whose first save meets a fault that nobody expects, such as a group that has timed out."""
+
+    def store(root: Path, taken: checkpoint.Snapshot, *others: Any) -> Path:
+        if taken.step == 2:
+            raise RuntimeError("a peer has gone")
+        return original(root, taken, *others)
+
+    original = checkpoint.store
+    with mock.patch.object(checkpoint, "store", store):
+        try:
+            run([f"dir={directory}"])
+        except RuntimeError as error:
+            grids.stop()
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +316,10 @@ def test_a_last_save_without_room_is_an_error_and_loses_nothing(folder: Path, fo
     assert same(last(folder, "full to the end"), last(folder, "whole"))
 
 
+def test_a_fault_that_nobody_expects_is_not_lost(found: dict[str, Any]) -> None:
+    assert found["broken"] == "RuntimeError: a peer has gone"
+
+
 # ---- losses that are no numbers
 
 
@@ -331,6 +356,11 @@ def test_back_to_an_earlier_one(found: dict[str, Any]) -> None:
     assert "resumed after step 3" in found["back"].said
     assert found["back"].listed == ["step-00000006", "step-00000004"]
     assert "step-00000005" in found["back"].there, "what was given up is not removed"
+
+
+def test_back_to_one_that_was_given_up(found: dict[str, Any]) -> None:
+    assert "resumed after step 5" in found["after all"].said
+    assert found["after all"].listed == ["step-00000006", "step-00000005"]
 
 
 def test_to_begin_anew_forgets_what_was_there(folder: Path, found: dict[str, Any]) -> None:
