@@ -104,18 +104,25 @@ class Log:
             if self._board is not None:
                 for name, value in record.items():
                     self._board.add_scalar(name, value, number)
-        except OSError as error:  # a run does not die of its log
-            if not self._lost:
-                self.say(f"metrics.jsonl and TensorBoard: {error.strerror}: what could not be written is only printed")
-            self._lost = True
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """A run does not die of its log."""
+        if not self._lost:
+            self.say(f"metrics.jsonl and TensorBoard: {error.strerror}: what could not be written is only printed")
+        self._lost = True
 
     def close(self) -> None:
         if self.active:
             if self._pending is not None:  # the run has ended early
                 self._report()
-            self._metrics.close()
-            if self._board is not None:
-                self._board.close()
+            try:
+                self._metrics.close()
+                if self._board is not None:
+                    self._board.close()
+            except OSError as error:  # what was not written before is tried again
+                self._lose(error)
 
 
 def record_run(cfg: RunConfig, directory: Path, about: Mapping[str, Any]) -> None:
@@ -145,9 +152,15 @@ def _forget_after(file: Path, step: int) -> None:
     """Drop the lines of steps that are about to be run again, by a run that goes on from a checkpoint before them."""
     if not file.exists():
         return
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]  # the last may be cut short
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    files.replace_text(file, "".join(line + "\n" for line in kept))
+
+    def stays(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):  # cut short, when the machine died or the disk was full
+            return False
+
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    files.replace_text(file, "".join(line + "\n" for line in lines if stays(line)))
 
 
 def _known_peak(device: torch.device) -> float | None:

@@ -134,7 +134,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         model = model_at_start(known or fingerprint.of_model(base, grid), plan, adapters, grid)
         together(partial(stored.check, model))
     reference = Reference(cfg, shape, grid, wrapped, items, adapters, source, stored)
-    about |= {"reference": reference.identity}
+    about |= {"reference": reference.identity, "launch": _launch()}
     if newest is not None:
         together(partial(_check_reference, newest, reference.identity))
         checkpoint.resume(newest, optimizer, reference.items)
@@ -206,7 +206,8 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
 
     stragglers.close()
     if interrupted is not None:
-        log.say(f"stopped after step {done} of {cfg.steps}: {interrupted}; the same command goes on from there")
+        how = "the same command" if cfg.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
+        log.say(f"stopped after step {done} of {cfg.steps}: {interrupted}; {how} goes on from there")
         together(partial(_ask_again, cfg.checkpoint.requeue_file), acts=grid.rank == 0)
         log.close()
         return
@@ -235,15 +236,23 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
 
 
 def _begun(cfg: RunConfig, checkpoints: Path, grid: Grid) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what is wrong with newer ones. Whoever starts a run again means it to go on."""
+    """The checkpoint to go on from, and what is wrong with newer ones. A launcher that starts a run again means what that launch saved."""
     asked = cfg.checkpoint.resume
     is_again = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    newest, passed = checkpoint.newest(checkpoints, grid) if asked == "auto" or is_again else (None, [])
-    if newest is not None or asked in ("auto", "no"):
-        return newest, passed
+    if asked == "auto" or is_again:
+        newest, passed = checkpoint.newest(checkpoints, grid)
+        if asked == "auto" or (newest is not None and checkpoint.read_about(newest)[1].get("launch") == _launch()):
+            return newest, passed
+    if asked == "no":
+        return None, []
     with during(f"checkpoint.resume = {asked}"):
         checkpoint.verify(asked, grid)
-    return Path(asked), passed
+    return Path(asked), []
+
+
+def _launch() -> str | None:
+    """What is the same each time that a launcher starts this run again; None: there is no launcher."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def _seed(seed: int, step: int, grid: Grid) -> None:

@@ -242,6 +242,27 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path, clock: Clock) -> N
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_lines_that_lost_their_middle_stop_no_resume(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "lo\0\0\xff 1.0}\n{"step": 3, "lo{"step": 3}\n{}\n7\n')
+    start(tmp_path, first=5).close()
+    assert [record["step"] for record in records(tmp_path)] == [1]
+
+
+def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    log = start(tmp_path)
+    log._metrics.close()
+    log._metrics = (tmp_path / "full").open("a")
+    for number in (1, 2):
+        clock.now += 1.0
+        log.step(number, {"loss": 1.0}, tokens=1, flops=1.0)
+    log.close()
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if not line.startswith("step ")] == [
+        "metrics.jsonl and TensorBoard: No space left on device: what could not be written is only printed"
+    ]
+
+
 # ---- what MFU is made of
 
 

@@ -158,6 +158,9 @@ def scenarios(root: Path) -> dict[str, Any]:
     found["anew"] = run([at("elsewhere"), "checkpoint.resume=no", "steps=6", "checkpoint.stop_at=1"])
     with environment("SLURM_RESTART_COUNT", "2"):
         found["anew again"] = run([at("elsewhere"), "checkpoint.resume=no"])
+    with environment("TORCHELASTIC_RESTART_COUNT", "1"), environment("TORCHELASTIC_RUN_ID", "another"):
+        found["died early"] = run([at("in time"), "checkpoint.resume=no", "checkpoint.stop_at=1"])
+        found["died of it"] = run([at("blocking"), f"checkpoint.resume={root}/whole/checkpoints/step-00000003"])
     found["nowhere"] = run([at("nowhere"), f"checkpoint.resume={root}/whole/checkpoints/step-00000003"])
     with files.locked(root / "held") if dist.get_rank() == 0 else contextlib.nullcontext():
         dist.barrier()
@@ -368,6 +371,14 @@ def test_to_begin_anew_forgets_what_was_there(folder: Path, found: dict[str, Any
     assert "step-00000004" in found["anew"].there
     assert "resumed" not in found["anew again"].said, "nothing of the new run was saved yet"
     assert same(last(folder, "elsewhere"), last(folder, "whole"))
+
+
+def test_a_restart_does_not_go_on_with_what_another_launch_had_saved(folder: Path, found: dict[str, Any]) -> None:
+    """The life before it may have died before it forgot them, or of the path that was asked for."""
+    assert "resumed" not in found["died early"].said
+    assert found["died early"].listed == ["none"]
+    assert "with checkpoint.resume=auto goes on from there" in found["died early"].said
+    assert found["died of it"].error.startswith(f"checkpoint.resume = {folder}/whole/checkpoints/step-00000003: ")
 
 
 def test_from_a_checkpoint_that_is_not_there(folder: Path, found: dict[str, Any]) -> None:
