@@ -480,8 +480,7 @@ def _is_manifest(value: Any) -> bool:
     def is_piece(entry: Any, axes: int) -> bool:
         return (
             isinstance(entry, dict)
-            and all(isinstance(entry.get(name), str) for name in ("kind", "key", "dtype"))
-            and "file" in entry
+            and all(isinstance(entry.get(name), str) for name in ("kind", "file", "key", "dtype"))
             and is_count(entry.get("crc32"))
             and all(isinstance(entry.get(n), list) and len(entry[n]) == axes and all(map(is_count, entry[n])) for n in ("offset", "size"))
         )
@@ -503,7 +502,7 @@ def _is_manifest(value: Any) -> bool:
 def _read(path: Path, entry: Mapping[str, Any], opened: dict[str, Any]) -> Tensor:
     """A stored piece, its checksum verified."""
     name, key = entry["file"], entry["key"]
-    if not (isinstance(name, str) and (name in opened or (name.endswith(".safetensors") and foreign.is_inside(path, name)))):
+    if name not in opened and not (name.endswith(".safetensors") and foreign.is_inside(path, name)):
         raise MegamodError(f"{path / MANIFEST}: {name!r} must be a bare *.safetensors name inside the directory")
     try:
         if name not in opened:

@@ -436,7 +436,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "an absolute file": (name_files("/etc/passwd"), ("bare", "/etc/passwd")),
     "a file of another kind": (name_files("manifest.json"), ("bare", "'manifest.json'")),
     "a file name that no file has": (name_files("a\0.safetensors"), ("bare",)),
-    "a file name that is a number": (name_files(7), ("bare", "7")),  # type: ignore[arg-type]
+    "a file name that is a number": (name_files(7), ("manifest.json", "damaged", "another kind")),  # type: ignore[arg-type]
     "a link that leads outside": (link_out, ("bare", "inside the directory")),
 }  # fmt: skip
 
