@@ -21,5 +21,5 @@ def config() -> RunConfig:
         loss=partial(losses.moderation, verdict_weight=4.0),
         parallel=ParallelConfig(tp=4, sp=True),
         optim=OptimConfig(lr=1e-5, warmup_steps=50, min_lr=1e-6),
-        checkpoint=CheckpointConfig(every=200, export=True),
+        checkpoint=CheckpointConfig(every=200, keep_last=3, export=True),
     )

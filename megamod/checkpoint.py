@@ -40,7 +40,7 @@ from megamod.parallel.collectives import gathered, on_first, together
 from megamod.parallel.grid import Grid
 from megamod.weights.table import Box, Placed, boxes, overlap
 
-FORMAT = 1
+FORMAT = 2
 REFERENCE = "reference"  # a kind of tensor beside the optimizer's KINDS
 TRACKER = "latest"
 NONE = "none"  # in the tracker of a run that begins where another was
@@ -420,7 +420,7 @@ def _own_pieces(optimizer: Optimizer, file: str, reference: Sequence[Placed], co
         copies = {kind: copy(f"{number}|{kind}", values) for kind, values in kinds.items()}
         for start, stop, box in boxes(piece, segment.start, segment.stop):
             for kind, values in copies.items():
-                entry = _entry(piece.hf, kind, box, file)
+                entry = _entry(piece.hf, kind, box, file, values.dtype)
                 tensors[entry["key"]] = values[start - segment.start : stop - segment.start]
                 entries.append((piece.hf, list(piece.shape), entry))
     return tensors, entries
@@ -433,16 +433,17 @@ def _new_pieces(masters: Mapping[str, Tensor], file: str) -> tuple[dict[str, Ten
     for name, tensor in masters.items():
         master = tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)).flatten()
         for kind in KINDS:
-            entry = _entry(name, kind, ((0,) * tensor.dim(), tuple(tensor.shape)), file)
+            entry = _entry(name, kind, ((0,) * tensor.dim(), tuple(tensor.shape)), file, master.dtype)
             tensors[entry["key"]] = master.clone() if kind == "master" else torch.zeros_like(master)
             entries.append((name, list(tensor.shape), entry))
     return tensors, entries
 
 
-def _entry(name: str, kind: str, box: Box, file: str) -> dict[str, Any]:
+def _entry(name: str, kind: str, box: Box, file: str, dtype: torch.dtype) -> dict[str, Any]:
     """What the manifest says of one stored piece, before its checksum."""
-    offset, size = box
-    return {"kind": kind, "file": file, "key": f"{name}|{kind}|{','.join(map(str, offset))}", "offset": offset, "size": size}
+    offset, size = map(list, box)
+    key = f"{name}|{kind}|{','.join(map(str, offset))}"
+    return {"kind": kind, "file": file, "key": key, "dtype": str(dtype), "offset": offset, "size": size}
 
 
 def _check_model(path: Path, manifest: Mapping[str, Any], optimizer: Optimizer) -> None:
@@ -469,13 +470,43 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise MegamodError(f"{file}: format {manifest['format']}, this megamod reads {FORMAT}")
     if manifest.pop("crc32", None) != _json_crc(manifest):
         raise MegamodError(f"{file}: damaged (it fails its checksum); resume from an earlier checkpoint")
+    if not _is_manifest(manifest):
+        raise MegamodError(f"{file}: damaged (something is missing in it, or of another kind); resume from an earlier checkpoint")
     return manifest
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether it is one in all its parts: somebody may have written it, and its checksum."""
+
+    def is_count(x: Any) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+    def is_piece(entry: Any, axes: int) -> bool:
+        return (
+            isinstance(entry, dict)
+            and all(isinstance(entry.get(name), str) for name in ("kind", "file", "key", "dtype"))
+            and is_count(entry.get("crc32"))
+            and all(isinstance(entry.get(n), list) and len(entry[n]) == axes and all(map(is_count, entry[n])) for n in ("offset", "size"))
+        )
+
+    def is_tensor(tensor: Any) -> bool:
+        if not isinstance(tensor, dict) or not isinstance(shape := tensor.get("shape"), list) or not all(map(is_count, shape)):
+            return False
+        return isinstance(tensor.get("pieces"), list) and all(is_piece(entry, len(shape)) for entry in tensor["pieces"])
+
+    return (
+        is_count(value.get("step"))
+        and is_count(value.get("updates"))
+        and isinstance(value.get("about"), dict)
+        and isinstance(value.get("tensors"), dict)
+        and all(map(is_tensor, value["tensors"].values()))
+    )
 
 
 def _read(path: Path, entry: Mapping[str, Any], opened: dict[str, Any]) -> Tensor:
     """A stored piece, its checksum verified."""
     name, key = entry["file"], entry["key"]
-    if name not in opened and not (isinstance(name, str) and name.endswith(".safetensors") and foreign.is_inside(path, name)):
+    if name not in opened and not (name.endswith(".safetensors") and foreign.is_inside(path, name)):
         raise MegamodError(f"{path / MANIFEST}: {name!r} must be a bare *.safetensors name inside the directory")
     try:
         if name not in opened:
@@ -483,7 +514,7 @@ def _read(path: Path, entry: Mapping[str, Any], opened: dict[str, Any]) -> Tenso
         data: Tensor = opened[name].get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise MegamodError(f"{path / name}: cannot be read ({error}); resume from an earlier checkpoint") from None
-    if data.numel() != math.prod(entry["size"]) or _crc(data) != entry["crc32"]:
+    if str(data.dtype) != entry["dtype"] or data.numel() != math.prod(entry["size"]) or _crc(data) != entry["crc32"]:
         raise MegamodError(f"{path / name}: {key} fails its checksum; resume from an earlier checkpoint")
     return data
 

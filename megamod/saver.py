@@ -118,7 +118,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._wait()
+        # Another fault is this rank's alone. Its threads may be waiting for a rank that is gone, and the others for this one: it goes.
+        if kind is None or issubclass(kind, MegamodError):
+            self._wait()
 
 
 def staying(names: Sequence[str], cfg: CheckpointConfig, best: int | None) -> list[str]:

@@ -140,11 +140,12 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         checkpoint.resume(newest, optimizer, reference.items)
         reference.publish()
 
-    log = Log(cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports)
+    log = together(partial(Log, cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports))
+    assert log is not None
     paths = gathered(adapters.paths if adapters is not None else {})
-    if grid.rank == 0:
-        facts = {"grid": str(grid), "backends": backends, "parameters": shape.parameters(), "identity": about}
-        record_run(cfg, directory, facts | {"adapters": {name: path for part in paths for name, path in part.items()}})
+    facts = {"grid": str(grid), "backends": backends, "parameters": shape.parameters(), "identity": about}
+    facts["adapters"] = {name: path for part in paths for name, path in part.items()}
+    together(partial(record_run, cfg, directory, facts), acts=grid.rank == 0)
     chosen = " · ".join(f"{question} {answer}" for question, answer in backends.items())
     log.say(f"{shape.family} {shape.parameters() / 1e9:.3f}B · {grid} · {grid.device.type} · {chosen}")
     log.say(f"loaded: private memory from {peak.before:,.0f} to at most {peak.value:,.0f} MiB")
@@ -228,8 +229,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
             log.say(f"exported {exported}")
     if plan is not None:
         after = fingerprint.of_model(base, grid, None)
-        if grid.rank == 0:
-            add_to_record(directory, {"base": {"before": before, "after": after}})
+        together(partial(add_to_record, directory, {"base": {"before": before, "after": after}}), acts=grid.rank == 0)
         assert after == before, "adapters leave the base as it is"
         log.say(f"the base is as it was: {after}")
     log.close()

@@ -192,7 +192,7 @@ def test_another_grid_goes_on_where_the_first_stopped(outcomes: list[dict[str, l
 def test_each_element_is_stored_once(outcomes: list[dict[str, list[Outcome]]], name: str, link: int) -> None:
     path = outcomes[0][name][link].path
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    assert (manifest["format"], manifest["step"], manifest["updates"]) == (1, STEPS * (link + 1), STEPS * (link + 1))
+    assert (manifest["format"], manifest["step"], manifest["updates"]) == (2, STEPS * (link + 1), STEPS * (link + 1))
     tensors = manifest["tensors"]
     assert {hf: tuple(tensor["shape"]) for hf, tensor in tensors.items()} == hf_shapes(tiny.shape(CHAINS[name].model))
     files = {file.name: load_file(file) for file in path.glob("*.safetensors")}
@@ -354,6 +354,11 @@ def put(text: str, file: str = "manifest.json") -> Callable[[Path], None]:
     return change
 
 
+def other_dtype(path: Path) -> None:
+    """The same bytes, called something else."""
+    (path / FILE).write_bytes((path / FILE).read_bytes().replace(b'"F64"', b'"I64"'))
+
+
 def sed(old: str, new: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         text = (path / "manifest.json").read_text()
@@ -374,6 +379,10 @@ def name_files(name: str) -> Callable[[Path], None]:
 
 def no_piece(manifest: dict[str, Any]) -> None:
     manifest["tensors"][NORM]["pieces"].pop()
+
+
+def no_size(manifest: dict[str, Any]) -> None:
+    del manifest["tensors"][NORM]["pieces"][0]["size"]
 
 
 def piece_twice(manifest: dict[str, Any]) -> None:
@@ -400,6 +409,7 @@ def other_shape(manifest: dict[str, Any]) -> None:
 DAMAGE: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a flipped bit in the data": (flip_last, (FILE, "checksum", "earlier checkpoint")),
     "a flipped bit in the header": (lambda path: flip(path / FILE, 8 * 20), (FILE, "cannot be read")),
+    "another dtype in the header": (other_dtype, (FILE, "checksum", "earlier checkpoint")),
     "a truncated file": (truncate, (FILE, "cannot be read")),
     "a missing file": (unlink, (FILE, "cannot be read")),
     "a missing key": (key_away, (FILE, "cannot be read", NORM)),
@@ -412,7 +422,11 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a manifest that is not UTF-8": (put("\xff"), ("manifest.json", "damaged")),
     "another step than was saved": (sed('"step": 3', '"step": 4'), ("manifest.json", "damaged", "checksum")),
     "a manifest that is not signed": (sed('"crc32": ', '"crc33": '), ("manifest.json", "damaged", "checksum")),
-    "another format": (edited(lambda manifest: manifest.update(format=2)), ("format 2", "reads 1")),
+    "a step that is text": (edited(lambda manifest: manifest.update(step="3")), ("manifest.json", "damaged", "another kind")),
+    "no updates": (edited(lambda manifest: manifest.pop("updates")), ("manifest.json", "damaged", "missing")),
+    "tensors that are a list": (edited(lambda manifest: manifest.update(tensors=[])), ("manifest.json", "damaged", "another kind")),
+    "a piece without a size": (edited(no_size), ("manifest.json", "damaged", "missing")),
+    "another format": (edited(lambda manifest: manifest.update(format=1)), ("format 1", "reads 2")),
     "a piece is missing": (edited(no_piece), (NORM, "exp_avg_sq", "0 of 32 elements")),
     "a piece is there twice": (edited(piece_twice), ("model.embed_tokens.weight", "master", "3904 of 1952 elements")),
     "a tensor is missing": (edited(no_tensor), (NORM, "another model's checkpoint")),
@@ -422,7 +436,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "an absolute file": (name_files("/etc/passwd"), ("bare", "/etc/passwd")),
     "a file of another kind": (name_files("manifest.json"), ("bare", "'manifest.json'")),
     "a file name that no file has": (name_files("a\0.safetensors"), ("bare",)),
-    "a file name that is a number": (name_files(7), ("bare", "7")),  # type: ignore[arg-type]
+    "a file name that is a number": (name_files(7), ("manifest.json", "damaged", "another kind")),  # type: ignore[arg-type]
     "a link that leads outside": (link_out, ("bare", "inside the directory")),
 }  # fmt: skip
 
