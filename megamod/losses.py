@@ -202,8 +202,8 @@ def dpo(
         beta: β, how strongly the model is held to the reference.
         label_smoothing: ε, the share of pairs that are thought to be labelled the wrong way round.
         sft_weight: of a further term, the mean over the better answers' tokens of -log π (RPO, Pang et al. 2024, arXiv:2404.19733).
-        divergence: what the model is held to the reference by: 1.0, reverse KL; 0.0, forward KL; another α, the α-divergence; or "js",
-            Jensen's and Shannon's (f-DPO, Wang et al. 2023, arXiv:2309.16240).
+        divergence: what the model is held to the reference by: 1.0, reverse KL; 0.0, forward KL; another α, the α-divergence, of which
+            the paper and TRL count the other way, 1 - α; or "js", Jensen's and Shannon's (f-DPO, Wang et al. 2023, arXiv:2309.16240).
     """
     logprob, better, worse = _compared(head, batch, divergence)
     each = _smoothed(beta * (better - worse), label_smoothing)
@@ -250,7 +250,11 @@ def robust(head: Head, batch: Batch, *, beta: float = 0.1, label_smoothing: floa
 
     Args:
         label_smoothing: ε, below 1/2.
+
+    Raises:
+        MegamodError: it is not.
     """
+    _expect(0 <= label_smoothing < 0.5, f"label_smoothing = {label_smoothing}: from 0 to below 1/2")
     logprob, better, worse = _compared(head, batch, divergence)
     margin = beta * (better - worse)
     each = (1 - label_smoothing) * -F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)
@@ -263,7 +267,11 @@ def exo_pair(head: Head, batch: Batch, *, beta: float = 0.1, label_smoothing: fl
 
     Args:
         label_smoothing: ε, above 0.
+
+    Raises:
+        MegamodError: it is not, or no share.
     """
+    _expect(0 < label_smoothing < 1, f"label_smoothing = {label_smoothing}: above 0 and below 1")
     logprob, better, worse = _compared(head, batch, divergence)
     margin = beta * (better - worse)
     first, second = F.logsigmoid(margin), F.logsigmoid(-margin)
@@ -648,7 +656,12 @@ def class_balanced(head: Head, batch: Batch, *, counts: tuple[float, ...], beta:
         counts: n_c, how many rows of the training data have each class, in the order of `model.score.labels`.
         beta: β: 0 weighs all alike, towards 1 by 1/n_c.
         gamma: of the focal loss.
+
+    Raises:
+        MegamodError: a class without rows, β of 1 or more, or counts of fewer or more classes than there are.
     """
+    _expect(0 <= beta < 1, f"beta = {beta}: from 0 to below 1")
+    _expect(all(count > 0 for count in counts), f"counts = {counts}: rows of each class")
     effective = [(1 - beta) / (1 - beta**count) for count in counts]
     weights = tuple(weight * len(counts) / sum(effective) for weight in effective)
     return classification(head, batch, class_weights=weights, gamma=gamma)
@@ -663,7 +676,11 @@ def logit_adjusted(head: Head, batch: Batch, *, counts: tuple[float, ...], tau: 
     Args:
         counts: n_c, how many rows of the training data have each class, in the order of `model.score.labels`.
         tau: τ.
+
+    Raises:
+        MegamodError: a class without rows, or counts of fewer or more classes than there are.
     """
+    _expect(all(count > 0 for count in counts), f"counts = {counts}: rows of each class")
     z = head.scores()  # [N, L]
     prior = _per_class(tuple(math.log(count / sum(counts)) for count in counts), z)
     truth = batch.classes(z.shape[1])
@@ -739,6 +756,12 @@ def _either(mask: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 def _focus(logp: Tensor, gamma: float) -> Tensor | float:
     """(1 - p)^γ. Where p is 1 it has no gradient: for γ < 1 that of x^γ at 0 is infinite."""
     return (-torch.expm1(logp)).clamp(min=torch.finfo(logp.dtype).tiny).pow(gamma) if gamma else 1.0
+
+
+def _expect(holds: bool, what: str) -> None:
+    """Raises MegamodError where it does not."""
+    if not holds:
+        raise MegamodError(f"loss: {what} was expected")
 
 
 def _per_class(numbers: tuple[float, ...], scores: Tensor) -> Tensor:

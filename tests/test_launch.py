@@ -17,7 +17,7 @@ def stub(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A Slurm that runs what it is given here, from a daemon that knows no trap of the job's, and a torchrun that says what it was given."""
+    """A Slurm that runs what it is given here, from a daemon that knows no trap of the job, and a torchrun that says what it got."""
     stub(tmp_path, "srun", 'exec env --default-signal "$@"')
     stub(tmp_path, "scontrol", f'[ "$1" = show ] && seq -f node%g 20000 || echo "$@" >> {tmp_path}/scontrol.log')
     stub(tmp_path, "torchrun", f'printf "%s\\n" "$@" > {tmp_path}/torchrun.log; kill -USR1 $$; eval "$RUN"')

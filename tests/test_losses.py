@@ -640,3 +640,18 @@ def test_what_was_not_asked_for_is_refused() -> None:
     batch = loader("DPO").step(0)[0]
     with pytest.raises(MegamodError, match=re.escape('@losses.needs("reference", "step")')):
         _ = batch.step
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (partial(losses.robust, label_smoothing=0.5), "label_smoothing = 0.5: from 0 to below 1/2 was expected"),
+        (partial(losses.exo_pair, label_smoothing=0.0), "label_smoothing = 0.0: above 0 and below 1 was expected"),
+        (partial(losses.class_balanced, counts=(3, 0)), "counts = (3, 0): rows of each class was expected"),
+        (partial(losses.class_balanced, counts=(3, 1), beta=1.0), "beta = 1.0: from 0 to below 1 was expected"),
+        (partial(losses.logit_adjusted, counts=(0, 1)), "counts = (0, 1): rows of each class was expected"),
+    ],
+)
+def test_a_number_that_a_formula_divides_by_is_refused(loss: Callable[..., Loss], what: str) -> None:
+    with pytest.raises(MegamodError, match=re.escape(f"loss: {what}")):
+        loss(None, None)

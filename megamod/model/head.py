@@ -98,7 +98,7 @@ class Head:
 
     def mean_logit(self) -> Tensor:
         """`[N]` the mean of z over the vocabulary, so that less log Σ exp z it is that of log p. It costs no pass; differentiable."""
-        total = self.weight[: self.columns].to(_at_least_fp32(self.weight.dtype)).sum(0)  # [C]
+        total = self.weight[: self.columns].sum(0, dtype=_at_least_fp32(self.weight.dtype))  # [C]
         z = self.hidden.to(total.dtype) @ total / self.vocab
         return z if self.tp is None or self.tp.size() == 1 else reduce_from_tensor_model_parallel_region(z, group=self.tp)
 
