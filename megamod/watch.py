@@ -179,6 +179,7 @@ class Spikes:
     """Says which losses are far above those before them: over their median by eight deviations (the median one, as of a normal)."""
 
     FAR, LEAST, WINDOW = 8 * 1.4826, 16, 64
+    NEGLIGIBLE = 1e-3  # a smaller deviation counts as this one: losses may be the same over and over, such as a hinge's 0
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
@@ -191,5 +192,5 @@ class Spikes:
         if len(before) < self.LEAST:
             return None
         middle = statistics.median(before)
-        bound = middle + self.FAR * statistics.median(abs(x - middle) for x in before)
+        bound = middle + self.FAR * max(self.NEGLIGIBLE, statistics.median(abs(x - middle) for x in before))
         return f"loss spike: step {step} has {loss:.4f}, the last {len(before)} had {middle:.4f} in the middle" if loss > bound else None

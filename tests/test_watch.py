@@ -187,3 +187,9 @@ def test_what_is_no_spike() -> None:
     assert [step for step, loss in enumerate(falling) if spikes.found(step, loss)] == []
     assert spikes.found(200, float("nan")) is None, "that is another fault, and no measure for later ones"
     assert spikes.found(201, falling[-1]) is None
+
+
+def test_what_is_as_good_as_nothing_is_no_spike() -> None:
+    spikes = Spikes()
+    assert [n for n in range(40) if spikes.found(n, 0.0 if n % 3 else 1e-6)] == []
+    assert spikes.found(40, 1.0) is not None
