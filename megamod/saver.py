@@ -7,6 +7,7 @@ ranks' over a process group of its own; the tracker moves when all bytes are on 
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,6 +53,7 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
+        self._best: int | None = None  # the last best step that could be saved
 
     def save(
         self, step: int, optimizer: Optimizer, about: Mapping[str, Any], reference: Sequence[Placed] = (), best: int | None = None
@@ -99,7 +101,7 @@ class Saver:
         """What the thread does."""
         began = time.perf_counter()
         try:
-            path = checkpoint.store(self._directory, taken, about, self._group, lambda names: staying(names, self._cfg, best))
+            path = checkpoint.store(self._directory, taken, about, self._group, partial(self._staying, best=best))
         except MegamodError as error:
             self._fault = MegamodError(f"step {taken.step} was not saved: {error}")
             self._say(str(self._fault))
@@ -107,6 +109,12 @@ class Saver:
             self._fault = error
         else:
             self._say(f"saved {path} in {time.perf_counter() - began:.1f} s")
+
+    def _staying(self, names: list[str], best: int | None) -> list[str]:
+        """`staying`; while the best step is one that could not be saved, with the best before it."""
+        if best in map(checkpoint.step_of, names):
+            self._best = best
+        return staying(names, self._cfg, self._best)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         """In memory that is kept from one save to the next, page-locked beside a GPU: new pages cost more than the copy."""

@@ -1,6 +1,7 @@
 """Runs that save while they go on, that are asked to end, that cannot write, and that begin again: what each leaves, and says."""
 
 import contextlib
+import errno
 import gc
 import io
 import itertools
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,7 +35,7 @@ from megamod.errors import MegamodError
 from megamod.losses import Loss
 from megamod.model.head import Head
 from megamod.parallel import grid as grids
-from megamod.saver import staying
+from megamod.saver import Saver, staying
 from megamod.train import model_shape, train
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
@@ -167,6 +169,7 @@ def scenarios(root: Path) -> dict[str, Any]:
         found["held"] = run([at("held")])
     found["beside"] = beside(root / "beside")
     found["broken"] = broken(root / "broken")
+    found["best"] = best(root / "best")
     return found
 
 
@@ -207,6 +210,29 @@ def broken(directory: Path) -> str:
             grids.stop()
             return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def best(directory: Path) -> list[list[str]]:
+    """What is listed after each of four saves, of which the best may stay beside the newest: step 1, then 2, for which there is no room."""
+
+    def write(taken: checkpoint.Snapshot, file: Path) -> list[Any]:
+        if taken.step == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(taken, file)
+
+    def taken(step: int, *others: Any) -> checkpoint.Snapshot:
+        return checkpoint.Snapshot(step, step, {}, [])
+
+    original, listed = checkpoint._write_own, []
+    grid: Any = SimpleNamespace(rank=dist.get_rank(), device=torch.device("cpu"))
+    saver = Saver(directory, CheckpointConfig(keep_last=1, asynchronous=False), grid, grids.background(5), None, lambda line: None)
+    optimizer: Any = None
+    with mock.patch.object(checkpoint, "_write_own", write), mock.patch.object(checkpoint, "snapshot", taken):
+        for step, of_these in ((1, 1), (2, 2), (3, 2), (4, 4)):
+            saver.save(step, optimizer, {}, (), of_these)
+            listed.append((directory / "latest").read_text().split())
+            dist.barrier()
+    return listed
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +343,11 @@ def test_a_last_save_without_room_is_an_error_and_loses_nothing(folder: Path, fo
     assert full.listed == ["step-00000004", "step-00000002"]
     assert "resumed after step 4" in found["room again"].said
     assert same(last(folder, "full to the end"), last(folder, "whole"))
+
+
+def test_the_best_stays_until_a_better_one_is_saved(found: dict[str, Any]) -> None:
+    one, three, four = (f"step-{step:08d}" for step in (1, 3, 4))
+    assert found["best"] == [[one], [one], [three, one], [four]]
 
 
 def test_a_fault_that_nobody_expects_is_not_lost(found: dict[str, Any]) -> None:
