@@ -19,12 +19,13 @@ from typing import Literal, NamedTuple, get_args
 
 from megamod.config import LoraConfig, Recompute, RunConfig, SyntheticData
 from megamod.errors import MegamodError, nearest
+from megamod.losses import needs_of
 from megamod.model.build import DTYPES
 from megamod.model.head import CHUNK_BYTES, KEPT_BYTES
 from megamod.model.lora import LINEARS
 from megamod.model.shape import Shape
 from megamod.parallel.grid import check, check_rows, kv_repeats, ulysses_degree
-from megamod.reference import is_copy
+from megamod.reference import is_copy, place_of
 from megamod.weights.peft import saved as copied
 from megamod.weights.peft import slots
 from megamod.weights.quantization import Quantization
@@ -454,13 +455,23 @@ def work(cfg: RunConfig, shape: Shape, document: float, labelled: float) -> Work
     return Work(linears, per_square * n * tokens, mlp, shape.flops([], 1) * labelled * tokens)
 
 
+def asked(cfg: RunConfig) -> int:
+    """Forward passes before the training pass: of what is in memory to compare with, and of the model for what a loss knows of a step."""
+    needs = needs_of(cfg.loss)
+    of_reference = len(needs & {"reference", "teacher", "kl"}) if place_of(cfg) != "nowhere" else 0
+    return of_reference + len(needs & {"kl", "step"})
+
+
 def train_flops(cfg: RunConfig, model: Model, w: Work) -> float:
-    """Operations of a training step for a forward pass of `w`: what is recomputed is done once more; what is frozen has no gradient."""
+    """Operations of a training step for a forward pass of `w`: what is recomputed is done once more; what is frozen has no gradient.
+
+    A teacher's pass counts as one of the model's, whatever its shape.
+    """
     full, adapters = model.adapter is None, 0.0
     if model.adapter is not None:
         tokens = cfg.data.row_length * cfg.data.rows_per_micro_batch
         adapters = 6.0 * tokens * model.adapter.low_rank
-    total = (3 if full else 2) * (w.linears + w.head) + 3 * w.attention + adapters
+    total = (3 if full else 2) * (w.linears + w.head) + 3 * w.attention + adapters + asked(cfg) * (w.linears + w.attention + w.head)
     if cfg.model.recompute == "full":
         return total + w.linears + w.attention
     return total + _recomputes(cfg, "core_attn") * w.attention + _recomputes(cfg, "mlp") * w.mlp
@@ -479,7 +490,8 @@ def links(cfg: RunConfig, shape: Shape, h: Held, sharing: int, micro_batches: in
     """Bytes that a rank with these weights sends in a step to the others of each group; `sharing` ranks share its gradients."""
     n, p, e = Tokens.of(cfg, shape), cfg.parallel, DTYPES[cfg.model.dtype].itemsize
     layers = sum(h.layers)
-    passes = 2 + (cfg.model.recompute == "full")
+    before = asked(cfg)
+    passes = 2 + (cfg.model.recompute == "full") + before
     hidden = n.rank * shape.hidden * e
     # A layer's two all-reduces a pass are, under sp, two gathers and two reduce-scatters; a trained weight's input is gathered again.
     tp = layers * hidden * (4 * passes + (2 if p.sp and cfg.lora is None else 0)) + 4 * hidden
@@ -487,8 +499,8 @@ def links(cfg: RunConfig, shape: Shape, h: Held, sharing: int, micro_batches: in
     repeated = kv_heads * (kv_repeats(heads, kv_heads, n.ulysses) or 1)
     u, r, unit = n.ulysses, n.gather, n.rank * shape.head_dim * e
     layer = (u - 1) / u * unit * 2 * (heads + repeated) + (r - 1) * unit * 2 * repeated
-    cp = layers * layer * (2 + _recomputes(cfg, "core_attn"))
-    pp = 2 * p.vpp * n.split * shape.hidden * e if p.pp > 1 else 0
+    cp = layers * layer * (2 + _recomputes(cfg, "core_attn") + before)
+    pp = (2 + before) * p.vpp * n.split * shape.hidden * e if p.pp > 1 else 0
     dp = (sharing - 1) / sharing * (h.gradient_bytes + h.trained * e)
     return Links((p.tp - 1) / p.tp * tp * micro_batches, float(pp * micro_batches), cp * micro_batches, dp)
 
@@ -561,14 +573,15 @@ def plan(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents
     tokens = cfg.data.row_length * cfg.data.rows_per_micro_batch
     # The slowest stage sets the pace; the head is the last one's.
     shares = [sum(split[i] for i in range(pp, len(split), p.pp)) / shape.layers for pp in range(p.pp)]
-    body, top = trained - (3 if cfg.lora is None else 2) * w.head, (3 if cfg.lora is None else 2) * w.head
+    top = ((3 if cfg.lora is None else 2) + asked(cfg)) * w.head
+    body = trained - top
     slowest = max(body * part + (top if pp == p.pp - 1 else 0) for pp, part in enumerate(shares)) / (p.tp * p.cp)
     sent = links(cfg, shape, h, world // (p.tp * p.pp), micro_batches)
     compute = micro_batches * slowest / (hardware.flops * hardware.efficiency)
     tp, cp = sent.tp / hardware.rate(p.tp), sent.cp / hardware.rate(p.tp * p.cp)
     pp_seconds = sent.pp / (hardware.rate(world))
     dp = sent.dp / hardware.rate(world // p.pp)
-    passes = 2 + (cfg.model.recompute == "full")
+    passes = 2 + (cfg.model.recompute == "full") + asked(cfg)
     dense = shape.quantization is not None  # each pass reads half a byte a weight and writes two
     in_4_bits = passes * micro_batches * 2.5 * h.parameters if dense else 0
     update = 2 * (h.master_bytes + h.moment_bytes) + h.gradient_bytes

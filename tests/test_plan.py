@@ -13,8 +13,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamod import config, plan
-from megamod.config import LoraConfig, RunConfig
+from megamod import config, losses, plan
+from megamod.config import LoraConfig, ReferenceConfig, RunConfig
 from megamod.dry_run import dry_run
 from megamod.model.shape import Shape, read_shape, shape_of
 from megamod.parallel.grid import started
@@ -200,6 +200,18 @@ def test_operations_are_six_a_weight_and_token() -> None:
     again = replace(cfg, model=replace(cfg.model, recompute="full"))
     more = plan.train_flops(again, Model(shape, None), w) / plan.train_flops(cfg, Model(shape, None), w)
     assert more == pytest.approx(4 / 3, rel=0.02)
+
+
+def test_what_a_loss_asks_before_the_training_pass_takes_time() -> None:
+    cfg, shape = loaded("moderation_72b_dpo", "model.recompute=full")
+    alone = replace(cfg, reference=ReferenceConfig("uniform"))
+    w = plan.work(cfg, shape, DOCUMENTS.length, DOCUMENTS.labelled)
+    model, world = Model.of(cfg, shape), cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
+    compared, without = (plan.plan(one, model, world, H100, DOCUMENTS) for one in (cfg, alone))
+    forward = (w.linears + w.attention + w.head) / (cfg.data.row_length * cfg.data.rows_per_micro_batch)
+    assert compared.flops_per_token - without.flops_per_token == pytest.approx(forward)
+    assert compared.seconds > without.seconds
+    assert [plan.asked(replace(cfg, loss=loss)) for loss in (losses.cpo, losses.kto, losses.bco)] == [0, 3, 2]
 
 
 def test_operations_are_the_logs() -> None:
