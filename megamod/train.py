@@ -165,7 +165,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
 
     stopped = validation.stops if validation is not None else None
     interrupted, best = None, validation.kept if validation is not None else None
-    skips = 0  # in a row
+    skips = checkpoint.read_about(newest)[1].get("skips", 0) if newest is not None else 0  # in a row
     stragglers = Stragglers(wrapped, grid)
     watchdog = Watchdog(directory / "stacks", grid.rank, 60 * cfg.log.stacks_after_minutes, log.say)
     background = grids.background(cfg.parallel.timeout_minutes)
@@ -184,7 +184,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
             update = optimizer.step(lr)
             done += 1
             skips = skips + 1 if update.skipped else 0
-            if skips == cfg.optim.max_skips:
+            if skips >= cfg.optim.max_skips:
                 _refuse(cfg, done, metrics, update, batches, directory, grid)
             reference.follow(done)
             flops = grid.dp.size * sum(_flops(shape, plan, batch) for batch in batches)
@@ -200,9 +200,9 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
                 stopped = validation.stops
             best = validation.kept if validation is not None else None
             if done == cfg.steps or stopped is not None or best == done or _is_scheduled(cfg, done):
-                saver.save(done, optimizer, about, reference.items, best)
+                saver.save(done, optimizer, {**about, "skips": skips}, reference.items, best)
         if interrupted is not None and done > saver.step:
-            saver.save(done, optimizer, about, reference.items, best)
+            saver.save(done, optimizer, {**about, "skips": skips}, reference.items, best)
         saver.finish()
 
     stragglers.close()

@@ -151,6 +151,9 @@ def scenarios(root: Path) -> dict[str, Any]:
     found["nan once more"] = run([at("nan once more")], not_a_number(2, 3, 5))
     found["nan"] = run([at("nan")], not_a_number(2, 3, 4, 5, 6))
 
+    found["nan, stopped"] = run([at("nan, stopped")], lambda now, loss: signalled(4, signal.SIGTERM, 0)(now, not_a_number(3, 4)(now, loss)))
+    found["nan, on"] = run([at("nan, stopped")], not_a_number(1))
+
     # From another run's checkpoint; begun again where one was; and started again by a launcher, which means it to go on.
     found["elsewhere"] = run([at("elsewhere"), f"checkpoint.resume={root}/whole/checkpoints/step-00000002"])
     with environment("TORCHELASTIC_RESTART_COUNT", "1"):
@@ -374,6 +377,11 @@ def test_too_many_of_them_end_the_run(folder: Path, found: dict[str, Any]) -> No
     cfg = load(TINY, [*SMALL, f"dir={folder / 'nan'}"])
     tokens = [[batch.tokens.tolist() for batch in batches] for batches in (peek(cfg, model_shape(cfg), 4), *map(saved_batch.load, kept))]
     assert sorted(tokens[0]) == sorted(tokens[1] + tokens[2])
+
+
+def test_steps_in_a_row_are_counted_over_a_resume(found: dict[str, Any]) -> None:
+    assert "stopped after step 4" in found["nan, stopped"].said
+    assert "step 5: its value is nan, and 3 steps in a row were skipped" in found["nan, on"].error
 
 
 # ---- where a run begins
