@@ -53,25 +53,43 @@ def finish(file: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Hold `directory`, made if it is not there, against others who would: its file `lock` says who does. Ends with the process, too.
 
+    A directory that has nothing else in it afterwards is removed.
+
     Raises:
         MegamodError: another process holds it, or it cannot be written.
     """
     file = directory / "lock"
-    with expected("a directory that can be written"):
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = _held(file)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 200).decode(errors="replace").strip() or "it has not said who it is"
-            raise MegamodError(f"{directory}: another run is at work here ({holder}): use another dir, or end that one") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # storage without locks: nobody is kept out
-                raise
-        with expected("room for a line", file):
+        with suppress(OSError):  # a disk without room for a line: the lock holds without it
             os.truncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
+        with suppress(OSError):
+            if os.listdir(directory) == [file.name]:
+                file.unlink()
+                directory.rmdir()
         os.close(handle)
+
+
+def _held(file: Path) -> int:
+    """A handle of `file` with its lock. Raises MegamodError, as `locked` does."""
+    while True:
+        with expected("a directory that can be written"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "it has not said who it is"
+            os.close(handle)
+            raise MegamodError(f"{file.parent}: another run is at work here ({holder}): use another dir, or end that one") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # storage without locks: nobody is kept out
+                os.close(handle)
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(file), os.fstat(handle)):
+                return handle
+        os.close(handle)  # its holder has removed it meanwhile: it keeps nobody out

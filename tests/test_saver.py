@@ -467,8 +467,10 @@ def test_two_runs_in_one_directory(found: dict[str, Any]) -> None:
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     with files.locked(tmp_path / "run"), pytest.raises(MegamodError, match=f"process {os.getpid()} on "), files.locked(tmp_path / "run"):
         pass
+    assert not (tmp_path / "run").exists(), "nothing else was there"
     with files.locked(tmp_path / "run"):
-        pass
+        (tmp_path / "run" / "mine").write_text("")
+    assert (tmp_path / "run" / "mine").exists()
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
