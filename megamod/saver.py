@@ -112,7 +112,11 @@ class Saver:
 
     def _staying(self, names: list[str], best: int | None) -> list[str]:
         """`staying`; while the best step is one that could not be saved, with the best before it."""
+<<<<<<< HEAD
         if best is not None and best in map(checkpoint.step_of, names):
+=======
+        if best in [checkpoint.step_of(name) for name in names]:
+>>>>>>> stranger
             self._best = best
         return staying(names, self._cfg, self._best)
 
@@ -127,7 +131,8 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # Another fault is this rank's alone. Its threads may be waiting for a rank that is gone, and the others for this one: it goes.
-        if kind is None or issubclass(kind, MegamodError):
+        # A single process waits for nobody, and must not leave a thread that writes: in a notebook the next run begins beside it.
+        if kind is None or issubclass(kind, MegamodError) or self._grid.world == 1:
             self._wait()
 
 

@@ -168,7 +168,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
     skips = checkpoint.read_about(newest)[1].get("skips", 0) if newest is not None else 0  # in a row
     stragglers = Stragglers(wrapped, grid)
     watchdog = Watchdog(directory / "stacks", grid.rank, 60 * cfg.log.stacks_after_minutes, log.say)
-    background = grids.background(cfg.parallel.timeout_minutes)
+    background = grids.background(10 * cfg.parallel.timeout_minutes)  # writing takes as long as the storage does
     with (
         Saver(checkpoints, cfg.checkpoint, grid, background, newest, log.say) as saver,
         watchdog,

@@ -52,6 +52,11 @@ def test_a_run_that_ended_early_comes_back(cluster: Path) -> None:
     assert given[given.index("--max-restarts") + 1] == "3"
 
 
+def test_the_run_is_told_when_its_job_ends(cluster: Path) -> None:
+    sbatch(cluster, "true", "configs/x.py", SLURM_JOB_END_TIME="2000000600")
+    assert "checkpoint.stop_at=2000000000" in (cluster / "torchrun.log").read_text().splitlines()
+
+
 def test_a_run_that_is_done_does_not(cluster: Path) -> None:
     assert sbatch(cluster, "true", "configs/x.py").returncode == 0
     assert not (cluster / "scontrol.log").exists()

@@ -238,6 +238,36 @@ def best(directory: Path) -> list[list[str]]:
     return listed
 
 
+def interrupted(directory: Path) -> bool:
+    """Whether a save is whole when an interrupt has ended the run, of a single process, while it was written."""
+
+    def write(taken: checkpoint.Snapshot, file: Path) -> list[Any]:
+        asked.wait(60)
+        return []
+
+    def wait(saver: Saver) -> None:
+        if saver._thread is not None:
+            asked.set()
+        original(saver)
+
+    original, asked, optimizer = Saver._wait, threading.Event(), None
+    grid: Any = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    empty = checkpoint.Snapshot(1, 1, {}, [])
+    group = grids.background(5)
+    with (
+        mock.patch.object(checkpoint, "_write_own", write),
+        mock.patch.object(checkpoint, "snapshot", return_value=empty),
+        mock.patch.object(Saver, "_wait", wait),
+        contextlib.suppress(KeyboardInterrupt),
+        Saver(directory, CheckpointConfig(), grid, group, None, lambda line: None) as saver,
+    ):
+        saver.save(1, optimizer, {})  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+    whole = checkpoint.latest(directory) is not None
+    asked.set()
+    return whole
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("saver")
@@ -301,6 +331,10 @@ def test_which_stay(steps: list[int], every: int | None, keep_last: int | None, 
     recent = steps[:keep_last] if keep_last is not None else [step for step in steps if every and step % every == 0]
     for_good = [step for step in steps if cfg.keep_every and step % cfg.keep_every == 0]
     assert set(stay) == {steps[0], *recent, *for_good, *({best} & set(steps))}
+
+
+def test_an_interrupt_in_a_notebook_leaves_no_thread_that_writes(tmp_path: Path) -> None:
+    assert distributed.run(1, interrupted, tmp_path) == [True]
 
 
 # ---- asked to end
