@@ -112,11 +112,7 @@ class Saver:
 
     def _staying(self, names: list[str], best: int | None) -> list[str]:
         """`staying`; while the best step is one that could not be saved, with the best before it."""
-<<<<<<< HEAD
-        if best is not None and best in map(checkpoint.step_of, names):
-=======
         if best in [checkpoint.step_of(name) for name in names]:
->>>>>>> stranger
             self._best = best
         return staying(names, self._cfg, self._best)
 
