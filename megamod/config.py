@@ -200,7 +200,7 @@ class CheckpointConfig:
     """What a run leaves behind to go on from, and to use."""
 
     every: int | None = None  # steps between saves; None: only at the end
-    keep_last: int | None = None  # how many of the newest stay, beside the best; None: all that `every` schedules
+    keep_last: int | None = None  # how many of the newest stay, beside the best; None: all, but those that were the best
     keep_every: int | None = None  # steps whose multiples stay, too
     asynchronous: bool = True  # written while the run goes on, from a copy in host memory; False: the run waits
     resume: str = "auto"  # auto: from the newest whole checkpoint in the run's directory; no: begin again; or the path of one

@@ -6,7 +6,7 @@ ranks' over a process group of its own; the tracker moves when all bytes are on 
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +56,13 @@ class Saver:
         self._best: int | None = None  # the last best step that could be saved
 
     def save(
-        self, step: int, optimizer: Optimizer, about: Mapping[str, Any], reference: Sequence[Placed] = (), best: int | None = None
+        self,
+        step: int,
+        optimizer: Optimizer,
+        about: Mapping[str, Any],
+        reference: Sequence[Placed] = (),
+        best: int | None = None,
+        beaten: Collection[int] = (),
     ) -> None:
         """Begin to save the state after `step` steps; the save before it has ended then. That one fails is said, and the run goes on.
 
@@ -66,6 +72,7 @@ class Saver:
             about: JSON that `checkpoint.resume` hands back.
             reference: as in `checkpoint.snapshot`.
             best: a step whose checkpoint stays for being the best.
+            beaten: steps whose checkpoints do not any more.
         """
         self._wait()
         if self._fault is not None and not isinstance(self._fault, MegamodError):
@@ -74,7 +81,7 @@ class Saver:
         taken = checkpoint.snapshot(step, optimizer, self._grid.rank, reference, self._copy if self._cfg.asynchronous else None)
         if self._grid.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self._thread = threading.Thread(target=self._store, args=(taken, dict(about), best), name=f"save {step}", daemon=True)
+        self._thread = threading.Thread(target=self._store, args=(taken, dict(about), best, beaten), name=f"save {step}", daemon=True)
         self._thread.start()
         if not self._cfg.asynchronous:
             self._wait()
@@ -97,11 +104,11 @@ class Saver:
             if self._cfg.asynchronous and (waited := time.perf_counter() - began) > 1:
                 self._say(f"waited {waited:.1f} s for step {self.step}'s checkpoint to be written")
 
-    def _store(self, taken: checkpoint.Snapshot, about: Mapping[str, Any], best: int | None) -> None:
+    def _store(self, taken: checkpoint.Snapshot, about: Mapping[str, Any], best: int | None, beaten: Collection[int]) -> None:
         """What the thread does."""
         began = time.perf_counter()
         try:
-            path = checkpoint.store(self._directory, taken, about, self._group, partial(self._staying, best=best))
+            path = checkpoint.store(self._directory, taken, about, self._group, partial(self._staying, best=best, beaten=beaten))
         except MegamodError as error:
             self._fault = MegamodError(f"step {taken.step} was not saved: {error}")
             self._say(str(self._fault))
@@ -110,11 +117,11 @@ class Saver:
         else:
             self._say(f"saved {path} in {time.perf_counter() - began:.1f} s")
 
-    def _staying(self, names: list[str], best: int | None) -> list[str]:
+    def _staying(self, names: list[str], best: int | None, beaten: Collection[int]) -> list[str]:
         """`staying`; while the best step is one that could not be saved, with the best before it."""
         if best in [checkpoint.step_of(name) for name in names]:
             self._best = best
-        return staying(names, self._cfg, self._best)
+        return staying(names, self._cfg, self._best, beaten)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         """In memory that is kept from one save to the next, page-locked beside a GPU: new pages cost more than the copy."""
@@ -132,18 +139,22 @@ class Saver:
             self._wait()
 
 
-def staying(names: Sequence[str], cfg: CheckpointConfig, best: int | None) -> list[str]:
+def staying(names: Sequence[str], cfg: CheckpointConfig, best: int | None, beaten: Collection[int] = ()) -> list[str]:
     """Which of a run's checkpoints stay when the first of them has just been saved.
 
-    It does; so do the newest `keep_last`, or all that `every` schedules where that is None; multiples of `keep_every`; and the best.
+    It does, and so does the best. With `keep_last` so do the newest of that number and multiples of `keep_every`; without it all others,
+    except those that no schedule asked for and that were kept for being the best.
 
     Args:
         names: the newest first.
+        beaten: steps that are not the best any more.
     """
 
     def stays(place: int, step: int) -> bool:
-        scheduled = cfg.every is not None and step % cfg.every == 0
-        recent = place == 0 or scheduled if cfg.keep_last is None else place < cfg.keep_last
-        return recent or step == best or (cfg.keep_every is not None and step % cfg.keep_every == 0)
+        if cfg.keep_last is None:
+            asked = step not in beaten or (cfg.every is not None and step % cfg.every == 0)
+        else:
+            asked = place < cfg.keep_last or (cfg.keep_every is not None and step % cfg.keep_every == 0)
+        return asked or place == 0 or step == best
 
     return [name for place, name in enumerate(names) if stays(place, checkpoint.step_of(name))]

@@ -164,7 +164,8 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         log.say(f"resumed after step {first} from {newest}")
 
     stopped = validation.stops if validation is not None else None
-    interrupted, best = None, validation.kept if validation is not None else None
+    interrupted = None
+    best, beaten = (validation.kept, validation.beaten) if validation is not None else (None, [])
     skips = checkpoint.read_about(newest)[1].get("skips", 0) if newest is not None else 0  # in a row
     stragglers = Stragglers(wrapped, grid)
     watchdog = Watchdog(directory / "stacks", grid.rank, 60 * cfg.log.stacks_after_minutes, log.say)
@@ -198,11 +199,11 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
                 found = validation.run(done, chunks, grid)
                 log.validation(done, found, time.perf_counter() - began)
                 stopped = validation.stops
-            best = validation.kept if validation is not None else None
+            best, beaten = (validation.kept, validation.beaten) if validation is not None else (None, [])
             if done == cfg.steps or stopped is not None or best == done or _is_scheduled(cfg, done):
-                saver.save(done, optimizer, {**about, "skips": skips}, reference.items, best)
+                saver.save(done, optimizer, {**about, "skips": skips}, reference.items, best, beaten)
         if interrupted is not None and done > saver.step:
-            saver.save(done, optimizer, {**about, "skips": skips}, reference.items, best)
+            saver.save(done, optimizer, {**about, "skips": skips}, reference.items, best, beaten)
         saver.finish()
 
     stragglers.close()

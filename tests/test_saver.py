@@ -321,16 +321,25 @@ def test_old_ones_go_when_a_new_one_is_whole(found: dict[str, Any]) -> None:
 STEPS = st.lists(st.integers(1, 60), min_size=1, max_size=12, unique=True).map(lambda steps: sorted(steps, reverse=True))
 
 
-@given(STEPS, st.none() | st.integers(1, 5), st.none() | st.integers(1, 9), st.none() | st.integers(1, 9), st.none() | st.integers(1, 60))
-def test_which_stay(steps: list[int], every: int | None, keep_last: int | None, keep_every: int | None, best: int | None) -> None:
+NUMBER = st.none() | st.integers(1, 9)
+
+
+@given(STEPS, NUMBER, NUMBER, NUMBER, st.none() | st.integers(1, 60), st.sets(st.integers(1, 60)))
+def test_which_stay(
+    steps: list[int], every: int | None, keep_last: int | None, keep_every: int | None, best: int | None, beaten: set[int]
+) -> None:
     cfg = CheckpointConfig(every=every, keep_last=keep_last, keep_every=keep_every if keep_last is not None else None)
-    stay = [checkpoint.step_of(name) for name in staying([f"step-{step:08d}" for step in steps], cfg, best)]
+    stay = [checkpoint.step_of(name) for name in staying([f"step-{step:08d}" for step in steps], cfg, best, beaten)]
     assert stay == [step for step in steps if step in stay], "in their order"
     assert stay[0] == steps[0]
     assert best not in steps or best in stay
-    recent = steps[:keep_last] if keep_last is not None else [step for step in steps if every and step % every == 0]
     for_good = [step for step in steps if cfg.keep_every and step % cfg.keep_every == 0]
-    assert set(stay) == {steps[0], *recent, *for_good, *({best} & set(steps))}
+    if keep_last is None:
+        assert {step for step in steps[1:] if step not in stay} == {
+            step for step in steps[1:] if step in beaten - {best} and not (every and step % every == 0)
+        }
+    else:
+        assert set(stay) == {*steps[:keep_last], *for_good, *({best} & set(steps))}
 
 
 def test_an_interrupt_in_a_notebook_leaves_no_thread_that_writes(tmp_path: Path) -> None:
@@ -351,7 +360,7 @@ def test_a_signal_to_any_rank_ends_the_run_saved(folder: Path, found: dict[str, 
     assert "resumed after step 3" in on.said
     assert on.losses == found["whole"].losses
     assert same(last(folder, name), last(folder, "whole"))
-    assert on.listed == found["whole"].listed, "what no schedule asked for goes with the next save"
+    assert on.listed == [f"step-{step:08d}" for step in (6, 4, 3, 2)], "it stays"
 
 
 def test_the_time_is_up(folder: Path, found: dict[str, Any]) -> None:
