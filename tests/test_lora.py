@@ -177,15 +177,16 @@ def test_a_run_goes_on_from_another_grid_and_another_run_from_its_export(tmp_pat
     assert first == {step: losses[step] for step in (1, 2)}
     assert second == pytest.approx(losses, rel=1e-9)
     assert third == {step: losses[step] for step in (3, 4)}
-    (theirs_first,), (ours_first,) = (list(Path(path).glob(f"{peft.INITIAL}-*")) for path in (stopped, moved))
-    assert {f.name: f.read_bytes() for f in ours_first.iterdir()} == {f.name: f.read_bytes() for f in theirs_first.iterdir()}
+    (beginning,) = Path(moved).glob(f"{peft.INITIAL}-*")
+    theirs = Path(stopped, beginning.name)
+    assert {f.name: f.read_bytes() for f in beginning.iterdir()} == {f.name: f.read_bytes() for f in theirs.iterdir()}
     assert Path(elsewhere, "adapter_model.safetensors").read_bytes() == Path(export, "adapter_model.safetensors").read_bytes()
     assert after[1] < losses[1]
     assert again[1] == after[1]
     assert other[1] == pytest.approx(losses[1], rel=1e-9)  # PiSSA begins as the base, whatever the rank
-    ours, theirs = (load_file(Path(path) / "adapter_model.safetensors") for path in (export, resumed))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-7, atol=1e-9) for name in ours)
+    one, other_grid = (load_file(Path(path) / "adapter_model.safetensors") for path in (export, resumed))
+    assert one.keys() == other_grid.keys()
+    assert all(torch.allclose(one[name], other_grid[name], rtol=1e-7, atol=1e-9) for name in one)
     record = json.loads(Path(whole, "run.json").read_text())
     assert record["base"]["before"] == record["base"]["after"] != record["identity"]["base"]
     assert set(record["adapters"].values()) == {"addmm"}
