@@ -1,7 +1,9 @@
 """A plan against what is: the dry run's meta tensors to the byte, what ranks save for the backward pass, and the search's own words."""
 
 import importlib.util
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from megamod import config, losses, plan
 from megamod.config import LoraConfig, ReferenceConfig, RunConfig
-from megamod.dry_run import dry_run
+from megamod.dry_run import DryRun, dry_run
 from megamod.model.shape import Shape, read_shape, shape_of
 from megamod.parallel.grid import started
 from megamod.plan import HARDWARE, Documents, Model, Parameter
@@ -67,23 +69,32 @@ REHEARSALS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def rehearsed() -> Iterator[Callable[[RunConfig, Shape, int, int], DryRun]]:
+    """`dry_run` in a process that no other test has joined to a world."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        yield lambda *arguments: process.submit(dry_run, *arguments).result()
+
+
 @pytest.mark.parametrize(("name", "rehearsal"), REHEARSALS, ids=lambda x: x if isinstance(x, str) else f"{x.world} {' '.join(x.overrides)}")
-def test_what_a_rank_holds_is_what_the_dry_run_finds(name: str, rehearsal: Rehearsal) -> None:
+def test_what_a_rank_holds_is_what_the_dry_run_finds(
+    rehearsed: Callable[[RunConfig, Shape, int, int], DryRun], name: str, rehearsal: Rehearsal
+) -> None:
     cfg, shape = loaded(name, *rehearsal.overrides)
     p, world = cfg.parallel, rehearsal.world
     model, stage = Model.of(cfg, shape), world // p.pp
     for rank in rehearsal.ranks:
-        found = dry_run(cfg, shape, world, rank)
+        found = rehearsed(cfg, shape, world, rank)
         h = plan.held(cfg, model, world, tp=rank % p.tp, pp=rank // stage, dp_cp=rank % stage // p.tp)
         expected = (found.layers, found.parameters, found.weight_bytes, found.gradient_bytes, found.optimizer_bytes)
         assert (h.layers, h.parameters, h.weight_bytes, h.gradient_bytes, h.master_bytes + h.moment_bytes) == expected
 
 
 @pytest.mark.parametrize("q", [Quantization(), Quantization("fp4", False, 128, ("k_proj",))], ids=str)
-def test_a_base_in_4_bits(q: Quantization) -> None:
+def test_a_base_in_4_bits(rehearsed: Callable[[RunConfig, Shape, int, int], DryRun], q: Quantization) -> None:
     cfg, shape = loaded("tiny", "parallel.tp=4", "lora.r=4")
     shape = shape.quantized(q)
-    found, h = dry_run(cfg, shape, 4, 3), plan.held(cfg, Model.of(cfg, shape), 4, tp=3)
+    found, h = rehearsed(cfg, shape, 4, 3), plan.held(cfg, Model.of(cfg, shape), 4, tp=3)
     assert (h.parameters, h.weight_bytes, h.gradient_bytes) == (found.parameters, found.weight_bytes, found.gradient_bytes)
 
 
