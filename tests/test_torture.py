@@ -47,7 +47,12 @@ def test_kills(place: Place) -> None:
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_kill_before_a_system_call_of_a_save(place: Place) -> None:
-    report = torture.syscalls(place, 5, 1, 1)
+    try:
+        report = torture.syscalls(place, 5, 1, 1)
+    except MegamodError as error:
+        if "strace cannot attach" in str(error):
+            pytest.skip(str(error))  # a container may forbid it
+        raise
     holds(report)
     assert {"write", "fsync", "rename"} <= set(report.facts["kinds"])
     assert report.facts["calls"] > 15
