@@ -142,7 +142,7 @@ def test_a_run_and_its_continuation(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[:2] == first
     assert math.isfinite(lines[-1]["loss"])
-    assert (run / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000004\nstep-00000002\n"
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]["steps"] == 4
     after = exported(run / "hf" / "step-00000004")
     assert after.keys() == before.keys()

@@ -33,6 +33,7 @@ def completed() -> list[Batch]:
     first = micro_batch([[document(7, 1), document(5, -1, True), document(6, 1)]], 20)
     n = len(first.labels)
     first = replace(first, stored=torch.randn(n), divergence=torch.tensor(0.25), totals={"tokens": 9.0, "pairs": 0.1}, seed=(1 << 63) - 1)
+    first = replace(first, taught=torch.randn(n, 3, 2), share=torch.rand(n), numbered=torch.arange(n))
     second = micro_batch([[]], 20)
     third = micro_batch([[document(9)]], 20)
     third = replace(third, positions=third.positions.expand(3, -1), weight=third.weight.double() * float("nan"), of_row=third.labelled)
@@ -48,7 +49,7 @@ def told(batch: Batch) -> list[Any]:
 def test_every_field_comes_back(tmp_path: Path) -> None:
     made = completed()
     assert made[0].pairs.tolist() == [[0], [1]]
-    assert {f.name for f in fields(Batch) if all(getattr(batch, f.name) is None for batch in made)} == {"cp"}
+    assert {f.name for f in fields(Batch) if all(getattr(batch, f.name) is None for batch in made)} == {"cp", "answers"}
     file = save(tmp_path / "a step", made)
     assert [told(batch) for batch in load(file)] == [told(batch) for batch in made]
     save(file, made[1:])  # in the place of the first

@@ -24,8 +24,8 @@ from megamod.foreign import parse_json
 FORMAT = 1
 ABOUT = "megamod.batches"  # in the metadata
 TENSORS = tuple(f.name for f in fields(Batch) if "Tensor" in str(f.type))
-OTHERS = ("lengths", "totals", "seed")  # and `cp`, a group of processes, which whole rows have none of
-PER_LABEL = ("rows", "labels", "verdict", "weight", "sequence", "stored")  # [N]
+OTHERS = ("lengths", "totals", "seed")  # not `answers`, which are the step's, nor `cp`, a group of processes, which whole rows have none of
+PER_LABEL = ("rows", "labels", "verdict", "weight", "sequence", "stored", "share", "numbered")  # [N]
 
 
 def save(path: str | Path, batches: Sequence[Batch]) -> Path:
