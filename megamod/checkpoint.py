@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -304,6 +304,19 @@ def step_of(name: str) -> int:
     match = NAME.fullmatch(name)
     assert match is not None, f"{name} is no checkpoint's name"
     return int(match[1])
+
+
+class Begun(NamedTuple):
+    """The checkpoint that a run goes on from, its manifest read once: that of a large run is megabytes of JSON."""
+
+    path: Path
+    step: int  # that it was saved after
+    about: Mapping[str, Any]
+
+    @classmethod
+    def at(cls, path: str | Path) -> "Begun":
+        """Raises MegamodError for a damaged manifest."""
+        return cls(Path(path), *read_about(path))
 
 
 def read_about(path: str | Path) -> tuple[int, dict[str, Any]]:

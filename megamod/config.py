@@ -321,7 +321,7 @@ def check(cfg: RunConfig) -> None:
         (
             cfg.checkpoint.keep_every is not None and cfg.checkpoint.keep_last is None,
             "checkpoint.keep_every",
-            "checkpoint.keep_last is None, and all that are scheduled stay",
+            "checkpoint.keep_last is None, and all of them stay",
         ),
         (bool(o.no_decay) and o.weight_decay == 0, "optim.no_decay", "optim.weight_decay is 0"),
         (

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamod import checkpoint
+from megamod.checkpoint import Begun
 from megamod.config import CheckpointConfig
 from megamod.errors import MegamodError
 from megamod.optim import Optimizer
@@ -44,12 +45,12 @@ class Saver:
         cfg: CheckpointConfig,
         grid: Grid,
         group: dist.ProcessGroup,
-        begun: Path | None,
+        begun: Begun | None,
         say: Callable[[str], None],
     ) -> None:
         self._directory, self._cfg, self._grid, self._group, self._say = directory, cfg, grid, group, say
-        together(lambda: checkpoint.begin(directory, begun), acts=grid.rank == 0)
-        self.step = checkpoint.read_about(begun)[0] if begun is not None else 0
+        together(lambda: checkpoint.begin(directory, begun.path if begun is not None else None), acts=grid.rank == 0)
+        self.step = begun.step if begun is not None else 0
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None

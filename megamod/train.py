@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megamod import checkpoint, config, files, optim
 from megamod.batch import Batch
+from megamod.checkpoint import Begun
 from megamod.command import command
 from megamod.config import RunConfig, loss_name
 from megamod.data import chat, saved_batch
@@ -79,8 +80,8 @@ def train(cfg: RunConfig) -> Path:
 
 def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
     checkpoints, exports = directory / "checkpoints", directory / ("hf" if cfg.lora is None else "peft")
-    newest, passed = _begun(cfg, checkpoints, grid)
-    plan = together(lambda: _plan(cfg, shape, newest))
+    begun, passed = _begun(cfg, checkpoints, grid)
+    plan = together(lambda: _plan(cfg, shape, begun))
     optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
 
     d = cfg.data
@@ -101,7 +102,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         "data.chat": config.as_json(d.chat), "data.row_length": d.row_length, "data.rows_per_step": d.rows_per_step, "seed": cfg.seed,
         "lora": plan.identity if plan is not None else None,
     }  # fmt: skip
-    done = first = _steps_done(newest, identity, cfg.steps)
+    done = first = _steps_done(begun, identity, cfg.steps)
     validation = together(lambda: _validation(cfg, shape, directory, first))
     texts = together(lambda: chat.companions(d.chat))  # as they are now: the export is of what was trained
 
@@ -118,26 +119,26 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
     known = None  # the base's fingerprint
     if plan is not None:
         before, known = fingerprint.of_model(base, grid, None), fingerprint.of_model(base, grid)
-        together(partial(_check_base, newest, plan, known))
+        together(partial(_check_base, begun, plan, known))
         if compared is not None and not isinstance(compared, Plan):
             together(partial(peft.check_fingerprint, compared, known, "the reference"))
         about |= {"quantization": config.as_json(shape.quantization)}
         about |= {"dtype": cfg.model.dtype, "base": known, "initial": plan.begun(known, shape)}
         initial = directory / about["initial"]
-        if newest is not None:
-            together(partial(pissa.bring, newest.resolve().parents[1] / initial.name, initial), acts=grid.rank == 0)
+        if begun is not None:
+            together(partial(pissa.bring, begun.path.resolve().parents[1] / initial.name, initial), acts=grid.rank == 0)
         adapters = plan.attach(chunks, shape, grid, source, cfg.seed, initial, compared)
         items = adapters.items
     wrapped = data_parallel(chunks, grid, overlap=cfg.optim.overlap_grad_reduce)
     optimizer = Optimizer(cfg.optim, wrapped, items, grid)
-    if stored is not None and newest is None and stored.top_k is None:  # any model may be a teacher
+    if stored is not None and begun is None and stored.top_k is None:  # any model may be a teacher
         model = model_at_start(known or fingerprint.of_model(base, grid), plan, adapters, grid)
         together(partial(stored.check, model))
     reference = Reference(cfg, shape, grid, wrapped, items, adapters, source, stored)
     about |= {"reference": reference.identity, "launch": _launch()}
-    if newest is not None:
-        together(partial(_check_reference, newest, reference.identity))
-        checkpoint.resume(newest, optimizer, reference.items)
+    if begun is not None:
+        together(partial(_check_reference, begun, reference.identity))
+        checkpoint.resume(begun.path, optimizer, reference.items)
         reference.publish()
 
     log = together(partial(Log, cfg.log, directory, cfg.steps, first, grid.world, grid.device, active=grid.reports))
@@ -160,18 +161,18 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         log.say("no document marks verdict tokens: a loss that weighs them has none to weigh")
     for fault in passed:
         log.say(f"passed over: {fault}")
-    if newest is not None:
-        log.say(f"resumed after step {first} from {newest}")
+    if begun is not None:
+        log.say(f"resumed after step {first} from {begun.path}")
 
     stopped = validation.stops if validation is not None else None
     interrupted = None
-    best, beaten = (validation.kept, validation.beaten) if validation is not None else (None, [])
-    skips = checkpoint.read_about(newest)[1].get("skips", 0) if newest is not None else 0  # in a row
+    best, beaten = _kept(validation)
+    skips = begun.about.get("skips", 0) if begun is not None else 0  # in a row
     stragglers = Stragglers(wrapped, grid)
     watchdog = Watchdog(directory / "stacks", grid.rank, 60 * cfg.log.stacks_after_minutes, log.say)
     background = grids.background(10 * cfg.parallel.timeout_minutes)  # writing takes as long as the storage does
     with (
-        Saver(checkpoints, cfg.checkpoint, grid, background, newest, log.say) as saver,
+        Saver(checkpoints, cfg.checkpoint, grid, background, begun, log.say) as saver,
         watchdog,
         Stop(cfg.checkpoint.stop_at, grid) as stop,
     ):
@@ -199,7 +200,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
                 found = validation.run(done, chunks, grid)
                 log.validation(done, found, time.perf_counter() - began)
                 stopped = validation.stops
-            best, beaten = (validation.kept, validation.beaten) if validation is not None else (None, [])
+            best, beaten = _kept(validation)
             if done == cfg.steps or stopped is not None or best == done or _is_scheduled(cfg, done):
                 saver.save(done, optimizer, {**about, "skips": skips}, reference.items, best, beaten)
         if interrupted is not None and done > saver.step:
@@ -236,19 +237,20 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
     log.close()
 
 
-def _begun(cfg: RunConfig, checkpoints: Path, grid: Grid) -> tuple[Path | None, list[str]]:
+def _begun(cfg: RunConfig, checkpoints: Path, grid: Grid) -> tuple[Begun | None, list[str]]:
     """The checkpoint to go on from, and what is wrong with newer ones. A launcher that starts a run again means what that launch saved."""
     asked = cfg.checkpoint.resume
     is_again = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if asked == "auto" or is_again:
         newest, passed = checkpoint.newest(checkpoints, grid)
-        if asked == "auto" or (newest is not None and checkpoint.read_about(newest)[1].get("launch") == _launch()):
-            return newest, passed
+        begun = Begun.at(newest) if newest is not None else None
+        if asked == "auto" or (begun is not None and begun.about.get("launch") == _launch()):
+            return begun, passed
     if asked == "no":
         return None, []
     with during(f"checkpoint.resume = {asked}"):
         checkpoint.verify(asked, grid)
-    return Path(asked), []
+        return Begun.at(asked), []
 
 
 def _launch() -> str | None:
@@ -302,6 +304,11 @@ def _validation(cfg: RunConfig, shape: Shape, directory: Path, done: int) -> Val
     )
 
 
+def _kept(validation: Validation | None) -> tuple[int | None, list[int]]:
+    """The step whose checkpoint stays for being the best, and those whose do not any more."""
+    return (validation.kept, validation.beaten) if validation is not None else (None, [])
+
+
 def _restore(checkpoints: Path, best: int | None, done: int, optimizer: Optimizer, log: Log) -> None:
     """The weights of the best step, where that is not the last."""
     if best is None or best == done:
@@ -336,18 +343,17 @@ def _flops(shape: Shape, plan: Plan | None, batch: Batch) -> float:
     return 3 * whole if plan is None else 2 * whole + 6 * plan.low_rank * len(batch.tokens)
 
 
-def _plan(cfg: RunConfig, shape: Shape, newest: Path | None) -> Plan | None:
+def _plan(cfg: RunConfig, shape: Shape, begun: Begun | None) -> Plan | None:
     """The run's adapter, if it trains one."""
-    saved = checkpoint.read_about(newest)[1].get("lora") if newest is not None else None
+    saved = begun.about.get("lora") if begun is not None else None
     return Plan.of(cfg.lora, shape, saved) if cfg.lora is not None else None
 
 
-def _check_base(newest: Path | None, plan: Plan, base: str) -> None:
+def _check_base(begun: Begun | None, plan: Plan, base: str) -> None:
     """Refuse to go on with other weights beneath an adapter than it was trained on. Raises MegamodError."""
     plan.check_base(base)
-    before = base if newest is None else checkpoint.read_about(newest)[1].get("base")
-    if before != base:
-        raise MegamodError(f"{newest}: its adapter was trained on a base with the fingerprint {before}, this one has {base}")
+    if begun is not None and (before := begun.about.get("base")) != base:
+        raise MegamodError(f"{begun.path}: its adapter was trained on a base with the fingerprint {before}, this one has {base}")
 
 
 def _check_documents(cfg: RunConfig, shape: Shape, documents: Documents) -> None:
@@ -379,11 +385,11 @@ def _stored(cfg: RunConfig, documents: Documents) -> Compared | None:
     return found
 
 
-def _check_reference(newest: Path, reference: str) -> None:
+def _check_reference(begun: Begun, reference: str) -> None:
     """Refuse to go on with another reference model than the run began with. Raises MegamodError."""
-    before = checkpoint.read_about(newest)[1].get("reference", reference)
+    before = begun.about.get("reference", reference)
     if before != reference:
-        raise MegamodError(f"{newest}: its loss was compared with the reference {before!r}, this run has {reference!r}")
+        raise MegamodError(f"{begun.path}: its loss was compared with the reference {before!r}, this run has {reference!r}")
 
 
 def _see(directory: Path) -> None:
@@ -391,22 +397,21 @@ def _see(directory: Path) -> None:
         raise MegamodError(f"dir = {directory}: rank 0 made it and other nodes do not see it: use storage that all nodes share")
 
 
-def _steps_done(newest: Path | None, identity: dict[str, Any], steps: int) -> int:
+def _steps_done(begun: Begun | None, identity: dict[str, Any], steps: int) -> int:
     """The step to go on from. Raises MegamodError for a checkpoint of another run, or from beyond this one's end."""
-    if newest is None:
+    if begun is None:
         return 0
-    done, saved = checkpoint.read_about(newest)
     for key, value in identity.items():
-        if (there := saved.get(key)) != value:
+        if (there := begun.about.get(key)) != value:
             if isinstance(there, dict) and isinstance(value, dict):
                 differing = [name for name in {*there, *value} if there.get(name) != value.get(name)]
                 if not differing:  # an option that is None is the same as one that there was not yet
                     continue
                 key += "." + min(differing)
-            raise MegamodError(f"{newest}: saved with another {key}; use another dir, or checkpoint.resume=no to begin again here")
-    if done > steps:
-        raise MegamodError(f"{newest}: saved after step {done}, and steps = {steps}: use more steps, or another dir")
-    return done
+            raise MegamodError(f"{begun.path}: saved with another {key}; use another dir, or checkpoint.resume=no to begin again here")
+    if begun.step > steps:
+        raise MegamodError(f"{begun.path}: saved after step {begun.step}, and steps = {steps}: use more steps, or another dir")
+    return begun.step
 
 
 def model_shape(cfg: RunConfig) -> Shape:

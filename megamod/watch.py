@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megamod.errors import listed
 from megamod.parallel.collectives import gathered
 from megamod.parallel.grid import Grid
 
@@ -154,7 +155,7 @@ class Stragglers:
             usual = statistics.median_low(theirs for other, theirs, _ in told if other == stage)
             if mine > self.SLOW * usual > 0:
                 slow.append(f"rank {rank} on {host} ({mine / usual:.1f}×)")
-        return f"slow in forward passes, against ranks with the same layers: {', '.join(slow[:8])}" if slow else None
+        return f"slow in forward passes, against ranks with the same layers: {listed(slow)}" if slow else None
 
     def close(self) -> None:
         """Take the hooks away."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megamod import checkpoint, losses
 from megamod.config import OptimConfig, ParallelConfig
+from megamod.damage import flip
 from megamod.errors import MegamodError
 from megamod.model.build import DTYPES
 from megamod.optim import KINDS
@@ -312,12 +313,6 @@ def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
         file.write_text(json.dumps({**manifest, "crc32": zlib.crc32(json.dumps(manifest).encode())}))
 
     return edit
-
-
-def flip(path: Path, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
 
 
 FILE = "rank-00000.safetensors"

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from megamod import checkpoint
 from megamod.batch import Mean
+from megamod.checkpoint import Begun
 from megamod.config import DataConfig
 from megamod.data.store import open_documents, prepare_all
 from megamod.errors import MegamodError
@@ -29,15 +29,13 @@ IDENTITY = {"shape": {"layers": 4}, "model.path": "m", "data": "abc", "seed": 1}
         *(({key: "other"}, 5, f"c: saved with another {key}; use another dir, or checkpoint.resume=no") for key in IDENTITY),
     ],
 )
-def test_a_run_goes_on_only_from_its_own_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, saved: dict[str, Any], steps: int, wrong: str | None
-) -> None:
-    monkeypatch.setattr(checkpoint, "read_about", lambda path: (3, {**IDENTITY, **saved}))
+def test_a_run_goes_on_only_from_its_own_checkpoint(saved: dict[str, Any], steps: int, wrong: str | None) -> None:
+    begun = Begun(Path("c"), 3, {**IDENTITY, **saved})
     if wrong is None:
-        assert _steps_done(Path("c"), IDENTITY, steps) == 3
+        assert _steps_done(begun, IDENTITY, steps) == 3
     else:
         with pytest.raises(MegamodError, match=re.escape(wrong)):
-            _steps_done(Path("c"), IDENTITY, steps)
+            _steps_done(begun, IDENTITY, steps)
 
 
 def test_a_run_without_a_checkpoint_begins_at_0() -> None:
