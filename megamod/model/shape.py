@@ -18,6 +18,7 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 MOST_LABELS = 63  # a position's classes are the bits of one int64
 LARGEST = 1 << 31  # of any count that a config.json may say
 MOST_LAYERS = 4096
+MOST_EXPERTS = 4096
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,15 @@ def unnamed(count: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Several MLPs in the place of each layer's one, of which a router takes a few for each token."""
+
+    count: int
+    per_token: int
+    ffn: int  # of one of them
+
+
+@dataclass(frozen=True)
 class Shape:
     """Everything that the model's code asks of a checkpoint. Letters as in README: C hidden, H heads, K kv heads, D, F, V."""
 
@@ -113,6 +123,7 @@ class Shape:
     sliding_window: int | None = None
     score: Score | None = None  # in the vocabulary's place; None: the head is the vocabulary
     quantization: Quantization | None = None  # of the layers' linears, frozen; None: every weight is in the model's dtype
+    experts: Experts | None = None  # in every layer; such a model is converted, and not trained
 
     def scored(self, score: Score | None) -> "Shape":
         """This decoder with `score` for its head, which then shares nothing with the embedding; None: as it is.
@@ -171,7 +182,8 @@ class Shape:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (q + 2 * kv) + q * self.hidden
         biases = (q + 2 * kv) * self.qkv_bias + self.hidden * self.o_bias + 2 * self.head_dim * self.qk_norm
-        layer = attention + biases + 3 * self.hidden * self.ffn + 2 * self.hidden
+        mlp = 3 * self.hidden * self.ffn if (e := self.experts) is None else e.count * (3 * self.hidden * e.ffn + self.hidden)
+        layer = attention + biases + mlp + 2 * self.hidden
         head = 0 if self.tied else self.outputs * self.hidden
         bias = self.outputs if self.score is not None and self.score.every_token else 0
         return self.layers * layer + self.hidden + self.vocab * self.hidden + head + bias
@@ -198,6 +210,7 @@ class Family:
     qk_norm: bool = False
     head_dim: int | None = None  # where config.json does not say; None: hidden_size / num_attention_heads
     window: str | None = None  # the key whose truth turns `sliding_window` on; "" when the key itself does
+    experts: bool = False  # whether every layer has experts
 
     def architecture_of(self, score: Score | None) -> str:
         """transformers' class of a model of this family with that head."""
@@ -219,6 +232,15 @@ FAMILIES = {
         head_dim=128,
         window="use_sliding_window",
     ),  # Qwen3, Qwen3Guard-Gen
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        head_dim=128,
+        window="use_sliding_window",
+        experts=True,
+    ),
     "internlm3": Family("InternLM3ForCausalLM", qkv_bias="qkv_bias", o_bias="bias"),
 }
 
@@ -230,6 +252,8 @@ ONLY = {
     "pretraining_tp": 1,
     "logit_scale": None,
     "final_logit_softcapping": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 
 _ROPE_KEYS = {
@@ -267,12 +291,21 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_shape(path: str | Path) -> Shape:
-    """The Shape of a Hugging Face directory or config.json. Raises MegamodError for what megamod cannot compute exactly."""
+def read_shape(path: str | Path, *, experts: bool = False) -> Shape:
+    """The Shape of a Hugging Face directory or config.json. Raises MegamodError for what megamod cannot compute exactly.
+
+    Args:
+        experts: whether the caller can do with a model of experts, which is not computed here: it converts.
+    """
     try:
-        return shape_of(read_config(path))
+        shape = shape_of(read_config(path))
     except ConfigJsonError as error:
         raise MegamodError(f"{path}: config.json: {error}") from None
+    if shape.experts is not None and not experts:
+        raise MegamodError(
+            f"{path}: config.json: a model of {shape.experts.count} experts: these are converted, and not trained or judged with"
+        )
+    return shape
 
 
 class ConfigJsonError(MegamodError):
@@ -319,10 +352,20 @@ def shape_of(config: Json) -> Shape:
         qk_norm=family.qk_norm,
         tied=flag("tie_word_embeddings"),
         sliding_window=_get(config, "sliding_window", int, None) if windowed else None,
+        experts=_experts_of(config) if family.experts else None,
     )
     if decoder.layers > MOST_LAYERS:
         raise ConfigJsonError(f"num_hidden_layers = {decoder.layers}: at most {MOST_LAYERS} were expected")
     return decoder.scored(_score_of(config))
+
+
+def _experts_of(config: Json) -> Experts:
+    count, each, ffn = (_get(config, key, int) for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    if not each <= count <= MOST_EXPERTS:
+        raise ConfigJsonError(
+            f"num_experts = {count}, num_experts_per_tok = {each}: at most {MOST_EXPERTS}, and no more a token, were expected"
+        )
+    return Experts(count, each, ffn)
 
 
 def in_four_bits(config: Json) -> bool:

@@ -3,10 +3,11 @@
 Strict: every key of the checkpoint and every parameter exactly once, with the shape that config.json promises.
 """
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,14 @@ IGNORED = ("rotary_emb.inv_freq",)
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
 
 
+class Extent(NamedTuple):
+    """Bytes of a file."""
+
+    file: Path
+    start: int
+    length: int
+
+
 class Source(Protocol):
     """Tensors by Hugging Face's names, readable in part."""
 
@@ -43,6 +52,32 @@ class OfDirectories(Protocol):
 
     @property
     def directories(self) -> tuple[Path, ...]: ...
+
+
+@runtime_checkable
+class InFiles(Protocol):
+    """A Source that knows where its numbers lie."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor: ...
+
+    def extents(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[Extent] | None:
+        """A box's bytes in the order of its numbers; None: they lie scattered."""
+        ...
+
+
+def together_from(shape: Sequence[int], offset: Sequence[int], size: Sequence[int]) -> int | None:
+    """At which of a tensor's numbers a box begins that is one piece of them, in their order; None: it is several."""
+    cut = next((axis for axis, n in enumerate(size) if n != 1), len(size))
+    if any(n != whole for n, whole in zip(size[cut + 1 :], shape[cut + 1 :], strict=True)):
+        return None
+    at = 0
+    for o, whole in zip(offset, shape, strict=True):
+        at = at * whole + o
+    return at
 
 
 def directories(source: Source) -> tuple[Path, ...]:
@@ -75,6 +110,7 @@ class Safetensors:
         self._where, names = self._index()
         self._shards = {name: self._open(name) for name in sorted(names, key=str)}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._starts: dict[str, dict[str, int]] = {}
         for name, shard in self._shards.items():
             for key in shard.keys():  # noqa: SIM118 (a method of safe_open, no mapping)
                 if self._where.setdefault(key, name) != name:
@@ -124,6 +160,23 @@ class Safetensors:
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         view = self._shards[self._where[name]].get_slice(name)
         return view[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+
+    def extents(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[Extent] | None:
+        first = together_from(self._shapes[name], offset, size)
+        if first is None:
+            return None
+        itemsize = self.dtype(name).itemsize
+        return [Extent(self.directory / self._where[name], self._start(name) + first * itemsize, math.prod(size) * itemsize)]
+
+    def _start(self, name: str) -> int:
+        """The first byte of a tensor in its file, which safetensors has checked."""
+        file = self._where[name]
+        if file not in self._starts:
+            with (self.directory / file).open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = foreign.parse_json(opened.read(length))
+            self._starts[file] = {key: 8 + length + about["data_offsets"][0] for key, about in header.items() if key != "__metadata__"}
+        return self._starts[file][name]
 
 
 class Tensors:

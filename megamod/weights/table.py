@@ -78,16 +78,25 @@ def table(shape: Shape) -> list[Row]:
     def qkv(leaf: str, *rest: int) -> tuple[Part, ...]:
         return tuple(Part(f"{attention}{n}_proj.{leaf}", (rows, *rest), 0, D) for n, rows in (("q", q), ("k", kv), ("v", kv)))
 
+    def feed_forward(ours: str, hf: str, F: int) -> list[Row]:
+        gate_up = tuple(Part(f"{hf}{n}_proj.weight", (F, C), 0) for n in ("gate", "up"))
+        return [Row(f"{ours}linear_fc1.weight", gate_up), Row(f"{ours}linear_fc2.weight", (Part(f"{hf}down_proj.weight", (C, F), 1),))]
+
     rows = [
         Row("embedding.word_embeddings.weight", (Part("model.embed_tokens.weight", (V, C), 0, padded=True),)),
         Row("decoder.layers.{}.input_layernorm.weight", (Part(layer + "input_layernorm.weight", (C,), None),)),
         Row("decoder.layers.{}.self_attention.linear_qkv.weight", qkv("weight", C)),
         Row("decoder.layers.{}.self_attention.linear_proj.weight", (Part(attention + "o_proj.weight", (C, q), 1, D),)),
         Row("decoder.layers.{}.pre_mlp_layernorm.weight", (Part(layer + "post_attention_layernorm.weight", (C,), None),)),
-        Row("decoder.layers.{}.mlp.linear_fc1.weight", tuple(Part(f"{mlp}{n}_proj.weight", (F, C), 0) for n in ("gate", "up"))),
-        Row("decoder.layers.{}.mlp.linear_fc2.weight", (Part(mlp + "down_proj.weight", (C, F), 1),)),
         Row("decoder.final_layernorm.weight", (Part("model.norm.weight", (C,), None),)),
     ]
+    ours = "decoder.layers.{}.mlp."
+    if (experts := shape.experts) is None:
+        rows.extend(feed_forward(ours, mlp, F))
+    else:
+        rows.append(Row(f"{ours}router.weight", (Part(mlp + "gate.weight", (experts.count, C), None),)))
+        for i in range(experts.count):
+            rows.extend(feed_forward(f"{ours}experts.local_experts.{i}.", f"{mlp}experts.{i}.", experts.ffn))
     if shape.qkv_bias:
         rows.append(Row("decoder.layers.{}.self_attention.linear_qkv.bias", qkv("bias")))
     if shape.o_bias:
