@@ -302,9 +302,7 @@ def read_shape(path: str | Path, *, experts: bool = False) -> Shape:
     except ConfigJsonError as error:
         raise MegamodError(f"{path}: config.json: {error}") from None
     if shape.experts is not None and not experts:
-        raise MegamodError(
-            f"{path}: config.json: a model of {shape.experts.count} experts: these are converted, and not trained or judged with"
-        )
+        raise MegamodError(f"{path}: config.json: a model of {shape.experts.count} experts: it can be converted, and not be trained")
     return shape
 
 
@@ -360,7 +358,8 @@ def shape_of(config: Json) -> Shape:
 
 
 def _experts_of(config: Json) -> Experts:
-    count, each, ffn = (_get(config, key, int) for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    number = "num_experts" if "num_experts" in config else "num_local_experts"  # as transformers 5 writes it
+    count, each, ffn = (_get(config, key, int) for key in (number, "num_experts_per_tok", "moe_intermediate_size"))
     if not each <= count <= MOST_EXPERTS:
         raise ConfigJsonError(
             f"num_experts = {count}, num_experts_per_tok = {each}: at most {MOST_EXPERTS}, and no more a token, were expected"
