@@ -1,7 +1,9 @@
 """The rules by which megamod reads what others have made, each with its tests, in this order:
 
 1.  Tensors are safetensors, everything else is JSON or text. Nothing that a run writes or reads is pickled.
-2.  A foreign `.pt`, `.bin` or other pickle is not opened, not even with `weights_only=True`: megamod reads no weights from one.
+2.  A foreign `.pt`, `.bin` or other pickle is not opened, not even with `weights_only=True`: megamod reads no weights from one. Megatron-LM's
+    checkpoints are pickles around plain numbers: weights/torch_dist.py, which no run uses, looks at these with an unpickler that has no
+    function and no class of anybody's. What it refuses: test_convert.py.
 3.  Shard names are bare, end in `.safetensors` and lie in the directory after resolving links; each key once, in its own shard. For a
     checkpoint's manifest see test_checkpoint.py, for SHA256SUMS test_checksums.py.
 4.  No code of a checkpoint runs: `trust_remote_code` is never true, a config.json with `auto_map` is refused, adapter_config.json's
@@ -15,6 +17,7 @@
 
 import ast
 import gzip
+import io
 import json
 import os
 import pickle
@@ -43,7 +46,7 @@ from megamod.data.tokenizer import Tokenizer
 from megamod.errors import MegamodError
 from megamod.model.shape import read_config, read_shape
 from megamod.train import train
-from megamod.weights import bitsandbytes, checksums, peft
+from megamod.weights import bitsandbytes, checksums, peft, torch_dist
 from megamod.weights.load import INDEX, SINGLE, Safetensors, weights_at
 from megamod.weights.quantization import Quantization
 from tools import make_checkpoint
@@ -89,13 +92,35 @@ def test_the_trap_is_one(tmp_path: Path) -> None:
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "jsonpickle"}
 
 
-@pytest.mark.parametrize("file", PYTHON, ids=relative)
+LOOKS = ROOT / "megamod" / "weights" / "torch_dist.py"
+
+
+@pytest.mark.parametrize("file", [file for file in PYTHON if file != LOOKS], ids=relative)
 def test_nothing_that_pickles_is_called(file: Path) -> None:
     assert not {name.partition(".")[0] for name in imports(parsed(file))} & PICKLES
     for name, words in calls(file):
         assert name not in ("torch.save", "torch.load", "torch.hub.load", "np.save", "pandas.read_pickle"), name
         if name in ("np.load", "np.savez", "np.savez_compressed"):
             assert words.get("allow_pickle") == "False", name
+
+
+def test_megatron_s_pickles_are_looked_at(tmp_path: Path) -> None:
+    """One file may, in one way; and no run imports it."""
+    called = {name for name, _ in calls(LOOKS)}
+    assert {"pickle.load", "pickle.loads", "torch.load", "pickle.Unpickler", "eval", "exec", "getattr(torch, name)()"}.isdisjoint(called)
+    importers = {relative(file) for file in PYTHON if "megamod.weights.torch_dist" in {name for name in imports(parsed(file))}}
+    assert importers <= {"megamod/weights/convert.py", "megamod/weights/mcore.py"}
+    assert not {file for file in MODULES if "megamod.weights.convert" in set(imports(parsed(file)))}
+    for module, name in (
+        ("builtins", "eval"),
+        ("os", "system"),
+        ("torch", "load"),
+        ("torch", "hub"),
+        ("numpy", "load"),
+        ("megamod", "train"),
+    ):
+        with pytest.raises(MegamodError, match="no data of a checkpoint"):
+            torch_dist._Looking(io.BytesIO()).find_class(module, name)
 
 
 def refuse(*_: Any, **__: Any) -> Any:

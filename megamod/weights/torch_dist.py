@@ -186,7 +186,8 @@ class TorchDist:
 
     def _data(self, info: "Record", size: tuple[int, ...], name: str) -> tuple[int, torch.dtype]:
         """First byte and dtype of the numbers of a box, whose ZIP is where `info` says."""
-        file, first, length = info.relative_path, *_counts((info.offset, info.length))
+        file = info.relative_path
+        first, length = _counts((info.offset, info.length))
         data = self._mapped(file)
         if first + length > len(data):
             raise MegamodError(f"{self.directory / file}: shorter than {METADATA} says: copy it again")
