@@ -83,7 +83,7 @@ class Batch:
     rows: Tensor  # [N] int64: where the labelled positions are in `tokens`
     labels: Tensor  # [N] int64: the token to be predicted there; with a head of scores, the classes that hold there, as bits
     verdict: Tensor  # [N] bool: whether that token belongs to the verdict
-    weight: Tensor  # [N] float: the weight of that token
+    weight: Tensor  # [N] float: the weight of that token: its document's, times its own where the data gives it one
     sequence: Tensor  # [N] int64: which document it belongs to
     document_weight: Tensor = None  # type: ignore[assignment]  # [S] float; left out: 1
     side: Tensor = None  # type: ignore[assignment]  # [S] int64: 1 a wanted answer, -1 an unwanted one, 0 neither; left out: 0

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megamod import losses
+from megamod.data.jsonl import LARGEST_WEIGHT
 from megamod.errors import MegamodError, nearest
 from megamod.model.shape import Score
 from megamod.verdicts import Format, format_of
@@ -142,7 +143,10 @@ class ChatConfig:
     format: str | Format = "qwen3guard"  # of verdicts: a name in verdicts.FORMATS, or one of your own
     reasons: bool = True  # whether the rows' reasons are part of the verdict
     controversial: Literal["keep", "safe", "unsafe"] = "keep"  # what a controversial row is trained as
-    turns: Literal["each", "last"] = "each"  # of rows without label: which assistant turns are trained
+    turns: Literal["each", "last"] = "each"  # of rows without label: which of the assistant's turns with a weight above 0 are trained
+    # A regular expression (Python's `re`) → how much the tokens count that overlap what it matches in trained text; 0: not trained.
+    # The weights of several that match a token are multiplied.
+    weights: Mapping[str, float] = field(default_factory=dict)
     too_long: Literal["skip", "cut", "error"] = "skip"  # a document longer than a row; cut: the end of its longest message
     tokenizer: str | None = None  # a Hugging Face directory; None: model.path
     template: str | None = None  # a Jinja file; None: the tokenizer's own chat template
@@ -329,6 +333,7 @@ def check(cfg: RunConfig) -> None:
             "data.chat",
             "data.train is made up, and there is no eval",
         ),
+        (bool(cfg.data.chat.weights) and isinstance(cfg.data.train, SyntheticData), "data.chat.weights", "data.train is made up"),
     ]  # fmt: skip
     unused += _unused_reference(cfg)
     lora = cfg.lora
@@ -397,6 +402,7 @@ def check(cfg: RunConfig) -> None:
     if not all(0 <= beta < 1 for beta in o.betas):
         raise MegamodError(f"optim.betas = {o.betas}: each must be at least 0 and below 1")
     format_of(cfg.data.chat.format)
+    check_weights(cfg.data.chat)
     if isinstance(cfg.data.train, tuple):
         if not cfg.data.train:
             raise MegamodError("data.train is empty: at least one Source was expected")
@@ -442,6 +448,18 @@ def _unused_reference(cfg: RunConfig) -> list[tuple[bool, str, str]]:
         (r.path is not None and not has, "reference.path", f"reference.kind is {r.kind!r}"),
         (r.sync_alpha != 1.0 and not follows, "reference.sync_alpha", "reference.sync_every is None"),
     ]
+
+
+def check_weights(chat: ChatConfig) -> None:
+    """Refuse `weights` that are no regular expressions, and those below 0. Raises MegamodError."""
+    for pattern, weight in chat.weights.items():
+        key = f"data.chat.weights: {pattern!r}"
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise MegamodError(f"{key}: no regular expression: {error}") from None
+        if not (_fits(weight, float) and 0 <= weight <= LARGEST_WEIGHT):
+            raise MegamodError(f"{key} = {weight!r}: a finite number of at least 0 was expected")
 
 
 def loss_name(function: Callable[..., Any]) -> str:

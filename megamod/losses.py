@@ -34,7 +34,7 @@ from megamod.errors import MegamodError
 from megamod.model.head import Head
 from megamod.verdicts import SEVERITIES
 
-Need = Literal["pairs", "rated", "scores", "reference", "kl", "step", "teacher"]
+Need = Literal["weights", "pairs", "rated", "scores", "reference", "kl", "step", "teacher"]
 Divergence = float | Literal["js"]  # what a loss is held to the reference by: see `_scores`
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,6 +56,7 @@ def needs(*what: Need) -> Callable[[Function], Function]:
     """Marks what a loss needs beside labels.
 
     Of the data: "pairs" of a better and a worse answer, or "rated" answers, wanted and unwanted; other losses refuse unwanted answers.
+    "weights" of tokens, where the data has any: it multiplies with `batch.weight`; other losses refuse tokens that have their own.
     Of the model: "scores", a head of them. Of a pass before the training pass: "reference", which it reads as `batch.reference`,
     "kl", as `batch.kl`, "step", as `batch.step`, and "teacher", as `batch.teacher`.
 
@@ -100,19 +101,22 @@ def unbound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
 # --- supervised ----------------------------------------------------------------------------------------------------------------
 
 
+@needs("weights")
 def cross_entropy(head: Head, batch: Batch) -> Loss:
     """-log p(y_t): cross-entropy.
 
-    A mean over labelled tokens, each with the weight that the data gives its document (1 where it gives none).
+    A mean over labelled tokens, Σ w_t·-log p(y_t) ÷ Σ w_t: each has the weight that the data gives its document, times its own where
+    it has one (1 where the data gives none).
     """
     nll = -head.logprobs(batch.labels)  # [N]
     return Loss(batch.mean(batch.weight * nll, over="weights"), {"nll": batch.mean_of(nll)})
 
 
+@needs("weights")
 def moderation(head: Head, batch: Batch, *, verdict_weight: float = 4.0) -> Loss:
     """-w_t·log p(y_t): cross-entropy with the verdict's tokens weighted.
 
-    Documents count with the weight that the data gives them, as in `cross_entropy`.
+    Documents and tokens count with the weight that the data gives them, as in `cross_entropy`.
 
     Args:
         verdict_weight: w_t of the tokens that say the verdict; the reason's tokens have 1.
@@ -123,6 +127,7 @@ def moderation(head: Head, batch: Batch, *, verdict_weight: float = 4.0) -> Loss
     return Loss(value, {"nll": batch.mean_of(nll), "nll/verdict": batch.mean_of(nll, where=batch.verdict)})
 
 
+@needs("weights")
 def label_smoothing(head: Head, batch: Batch, *, epsilon: float = 0.1) -> Loss:
     """-(1 - ε) log p(y_t) - ε/V Σ_v log p_v: label smoothing (Szegedy et al. 2015, arXiv:1512.00567)."""
     found = head.statistics(batch.labels)
@@ -130,12 +135,14 @@ def label_smoothing(head: Head, batch: Batch, *, epsilon: float = 0.1) -> Loss:
     return Loss(batch.mean(batch.weight * ((1 - epsilon) * nll + epsilon * uniform), over="weights"), {"nll": batch.mean_of(nll)})
 
 
+@needs("weights")
 def focal(head: Head, batch: Batch, *, gamma: float = 2.0) -> Loss:
     """-(1 - p)^γ·log p, p = p(y_t): the focal loss of a token (Lin et al. 2017, arXiv:1708.02002, eq. 4)."""
     logp = head.logprobs(batch.labels)
     return Loss(batch.mean(batch.weight * _focus(logp, gamma) * -logp, over="weights"), {"nll": batch.mean_of(-logp)})
 
 
+@needs("weights")
 def z_loss(head: Head, batch: Batch, *, weight: float = 1e-4) -> Loss:
     """-log p(y_t) + λ·(log Σ_v exp z_v)²: cross-entropy that keeps logits around 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
 
@@ -150,13 +157,14 @@ def z_loss(head: Head, batch: Batch, *, weight: float = 1e-4) -> Loss:
     )
 
 
+@needs("weights")
 def dft(head: Head, batch: Batch) -> Loss:
     """-p·log p, p = p(y_t), the first without a gradient: dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629)."""
     logp = head.logprobs(batch.labels)
     return Loss(batch.mean(batch.weight * logp.detach().exp() * -logp, over="weights"), {"nll": batch.mean_of(-logp)})
 
 
-@needs("teacher")
+@needs("weights", "teacher")
 def distillation(head: Head, batch: Batch, *, sft_weight: float = 0.0) -> Loss:
     """Σ_k q_k·log(q_k/p_k), k a teacher's most probable tokens and one for all others, q the teacher:
     distillation (Hinton et al. 2015, arXiv:1503.02531).

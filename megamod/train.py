@@ -370,6 +370,11 @@ def _check_documents(cfg: RunConfig, shape: Shape, documents: Documents) -> None
             f"loss {name} does not tell wanted from unwanted answers, and data.train has {unwanted:,} unwanted: use losses.dpo or "
             f'losses.kto, or mark it with @losses.needs("pairs") or "rated"'
         )
+    if documents.weighed and "weights" not in needs:
+        raise MegamodError(
+            f"loss {name} reads no weights of tokens, and data.train has some: use losses.cross_entropy or losses.moderation, or multiply "
+            f'with batch.weight and mark it with @losses.needs("weights")'
+        )
 
 
 def _stored(cfg: RunConfig, documents: Documents) -> Compared | None:

@@ -11,6 +11,7 @@ asked at its last token, as transformers' ForSequenceClassification reads them, 
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megamod import foreign
-from megamod.config import ChatConfig
-from megamod.data.documents import IGNORED, Document
+from megamod.config import ChatConfig, check_weights
+from megamod.data.documents import IGNORED, Document, weighed
 from megamod.data.jsonl import Message, Row
 from megamod.data.tokenizer import Tokenizer
 from megamod.errors import MegamodError, listed
@@ -46,6 +47,24 @@ class Task(NamedTuple):
 
     messages: Sequence[Message]
     answers: tuple[tuple[Verdict | str | None, int], ...]  # and its side, as in Document; None: nothing follows, it is scored
+    weight: float = 1.0  # that the row gives the message
+
+
+class Target(NamedTuple):
+    """The trained part of a text."""
+
+    text: str
+    start: int  # the character that it begins with
+
+
+class Encoded(NamedTuple):
+    """A prompt and what follows it, in `t` tokens."""
+
+    prompt: int  # tokens
+    tokens: npt.NDArray[np.int32]  # [t]
+    offsets: npt.NDArray[np.int64]  # [t, 2] the characters of each
+    target: Target
+    verdict: list[tuple[int, int]]  # the characters of a verdict's values
 
 
 class Prompts(NamedTuple):
@@ -85,6 +104,8 @@ class Encoder:
     def identity(self) -> dict[str, Any]:
         """What decides a row's tokens, as JSON: two encoders of the same identity make the same documents."""
         options = {key: value for key, value in dataclasses.asdict(self.cfg).items() if key not in ("tokenizer", "template", "format")}
+        if not self.cfg.weights:  # a store of before there were any is what it would be now
+            del options["weights"]
         return {
             **options,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -94,7 +115,8 @@ class Encoder:
         }
 
     def documents(self, row: Row, counts: Counter[str]) -> list[Document]:
-        """The row's documents. `counts` is told what became of it: `rows`, `documents`, `skipped`, `cut` and `special`.
+        """The row's documents. `counts` is told what became of it: `rows`, `documents`, `skipped`, `cut`, `special` and, of each of
+        `data.chat.weights`, how many tokens it weighs (`matches_of`).
 
         Raises:
             MegamodError: what the template or the verdict format cannot take, or a row that is too long, where
@@ -105,14 +127,16 @@ class Encoder:
             counts["special"] += 1
         found = []
         for task in self._tasks(row):
-            documents = self._documents(row, task)
+            matches: Counter[str] = Counter()
+            documents = self._documents(row, task, matches)
             if self._excess(documents) > 0:
-                shorter = self._too_long(row, task, documents)
+                shorter = self._too_long(row, task, documents, matches)
                 counts["skipped" if shorter is None else "cut"] += 1
                 if shorter is None:
                     continue
                 documents = shorter
             found += documents
+            counts.update(matches)
         counts["documents"] += len(found)
         return found
 
@@ -195,8 +219,8 @@ class Encoder:
         """`[t]`: the tokens that should follow the row's prompt, up to the end token."""
         verdict = row.verdict
         assert verdict is not None
-        document = self._document(row, row.messages, self._said(verdict, row))
-        ids = document.tokens[document.labels != IGNORED]
+        prompt, tokens, _, _, _ = self._encoded(row, row.messages, self._said(verdict, row))
+        ids = tokens[prompt:]
         ends = np.flatnonzero(ids == self.tokenizer.end)
         return ids[: ends[0] + 1] if len(ends) else ids
 
@@ -220,10 +244,19 @@ class Encoder:
             return [Task(row.messages, ((None, 0),))]
         if row.verdict is not None:
             return [Task(row.messages, ((self._said(row.verdict, row), 0),))]
-        turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant" and i > 0]
+        turns = [i for i in row.turns if row.weight_of(i) > 0]
         if not turns:
-            raise MegamodError(f"{row.where}: neither a label nor an assistant's turn after another: nothing in this row could be trained")
-        return [Task(row.messages[:i], ((row.messages[i]["content"], 0),)) for i in (turns if self.cfg.turns == "each" else turns[-1:])]
+            what = "each of the assistant's turns has weight 0" if row.turns else "neither a label nor an assistant's turn after another"
+            raise MegamodError(f"{row.where}: {what}: nothing in this row could be trained")
+        if self.cfg.turns == "last":
+            unread = [i for i in turns[:-1] if row.weight_of(i) != 1]
+            if unread:
+                raise MegamodError(
+                    f"{row.where}: message {unread[0]} (the first is 0) has weight {row.weight_of(unread[0]):g}, and data.chat.turns = "
+                    f"'last' trains only the last turn: use 'each'"
+                )
+            turns = turns[-1:]
+        return [Task(row.messages[:i], ((row.messages[i]["content"], 0),), row.weight_of(i)) for i in turns]
 
     def _said(self, verdict: Verdict, row: Row) -> Verdict:
         """The verdict as it is trained. Raises MegamodError for a severity that the format has no word for."""
@@ -243,11 +276,17 @@ class Encoder:
             request = self.cfg.controversial if request == "controversial" else request
         return replace(verdict, severity=severity, request=request, categories=() if severity == "safe" else verdict.categories)
 
-    def _documents(self, row: Row, task: Task) -> list[Document]:
-        """The task's documents, those after the first joined to it."""
-        make = self._document if self.score is None else self._scored
+    def _documents(self, row: Row, task: Task, matches: Counter[str]) -> list[Document]:
+        """The task's documents, those after the first joined to it. `matches` is told anew what `data.chat.weights` match in them."""
+        matches.clear()
+        row = replace(row, weight=row.weight * task.weight)  # an assistant's turn is a document of its own
         made = [
-            replace(make(row, task.messages, answer), side=side, joined=number > 0, margin=row.margin or 0.0)
+            replace(
+                self._document(row, task.messages, answer, matches) if self.score is None else self._scored(row, task.messages, answer),
+                side=side,
+                joined=number > 0,
+                margin=row.margin or 0.0,
+            )
             for number, (answer, side) in enumerate(task.answers)
         ]
         if len(made) == 2 and np.array_equal(made[0].tokens, made[1].tokens):
@@ -258,22 +297,32 @@ class Encoder:
         """Tokens of the documents beyond what a row holds."""
         return 0 if self.limit is None else sum(len(document.tokens) for document in documents) - self.limit
 
-    def _document(self, row: Row, messages: Sequence[Message], answer: Verdict | str | None) -> Document:
+    def _document(self, row: Row, messages: Sequence[Message], answer: Verdict | str | None, matches: Counter[str]) -> Document:
         """Prompt and target as one document: the target's tokens are trained, the values of a verdict are marked."""
         assert answer is not None, "without a head of scores something follows"
+        first, tokens, offsets, target, spans = self._encoded(row, messages, answer)
+        labels = np.full(len(tokens), IGNORED, np.int64)
+        labels[first:] = tokens[first:]
+        document = Document(tokens, labels, _overlapping(offsets, spans) & (labels != IGNORED), row.weight)
+        if not self.cfg.weights:
+            return document
+        weights = np.ones(len(tokens))
+        for pattern, weight in self.cfg.weights.items():
+            found = [match.span() for match in re.finditer(pattern, target.text)]
+            matched = _overlapping(offsets, [(target.start + start, target.start + stop) for start, stop in found]) & (labels != IGNORED)
+            matches[matches_of(pattern)] += int(matched.sum())
+            weights[matched] *= weight
+        return weighed(document, weights, row.where)
+
+    def _encoded(self, row: Row, messages: Sequence[Message], answer: Verdict | str) -> Encoded:
         text, spans = self._text(row, messages, answer)
         rendered = self._rendered(messages, text, row.where, is_verdict=isinstance(answer, Verdict))
         first = len(rendered.prompt)
         prompt = self.tokenizer.encode(rendered.prompt).ids
         tokens, offsets = self.tokenizer.encode(rendered.prompt + rendered.target)
         self._check_border(prompt, tokens, row.where)
-        labels = np.full(len(tokens), IGNORED, np.int64)
-        labels[len(prompt) :] = tokens[len(prompt) :]
-        verdict = np.zeros(len(tokens), np.bool_)
-        for start, stop in spans:
-            start, stop = (first + rendered.start + x for x in (start, stop))
-            verdict |= (offsets[:, 0] < stop) & (offsets[:, 1] > start) & (labels != IGNORED)
-        return Document(tokens, labels, verdict, row.weight)
+        own = first + rendered.start
+        return Encoded(len(prompt), tokens, offsets, Target(rendered.target, first), [(own + start, own + stop) for start, stop in spans])
 
     def _scored(self, row: Row, messages: Sequence[Message], answer: Verdict | str | None) -> Document:
         """The conversation, and an answer if there is one, with its classes where they are asked."""
@@ -358,7 +407,7 @@ class Encoder:
                 f"training: end it with a special token or a line break"
             )
 
-    def _too_long(self, row: Row, task: Task, documents: Sequence[Document]) -> list[Document] | None:
+    def _too_long(self, row: Row, task: Task, documents: Sequence[Document], matches: Counter[str]) -> list[Document] | None:
         """Documents with the conversation's longest message cut from its end, or None to skip them. Raises MegamodError."""
         assert self.limit is not None
         tokens = self._excess(documents) + self.limit
@@ -374,7 +423,7 @@ class Encoder:
             if shorter is None:
                 return None
             task = task._replace(messages=shorter)
-            documents = self._documents(row, task)
+            documents = self._documents(row, task, matches)
             if self._excess(documents) <= 0:
                 return list(documents)
         return None
@@ -391,6 +440,23 @@ class Encoder:
         return [*messages[:at], {**messages[at], "content": text[:end]}, *messages[at + 1 :]]
 
 
+def matches_of(pattern: str) -> str:
+    """Where `counts` of `Encoder.documents` has how many tokens one of `data.chat.weights` weighs."""
+    return f"weights: {pattern}"
+
+
+def _overlapping(offsets: npt.NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+    """`[t]`: which tokens have a character in one of the spans, also where they begin before it, or end after it."""
+    end = int(offsets.max(initial=0))
+    edges = np.zeros(end + 1, np.int64)
+    for start, stop in spans:
+        edges[min(start, end)] += 1
+        edges[min(stop, end)] -= 1
+    before = np.concatenate([[0], np.cumsum(np.cumsum(edges) > 0)])  # of the characters before each, how many are in a span
+    inside: npt.NDArray[np.bool_] = before[offsets[:, 1]] > before[offsets[:, 0]]
+    return inside
+
+
 def _longest(messages: Sequence[Message]) -> int:
     return max(range(len(messages)), key=lambda i: len(messages[i]["content"]))
 
@@ -403,6 +469,9 @@ def _end(offsets: npt.NDArray[np.int64], tokens: int) -> int:
 
 def encoder(cfg: ChatConfig, model: str, limit: int | None = None, score: Score | None = None) -> Encoder:
     """The Encoder of `cfg`, for the checkpoint at `model`, with a head of scores or without. Raises MegamodError."""
+    check_weights(cfg)
+    if cfg.weights and score is not None:
+        raise MegamodError(f"data.chat.weights weigh tokens, and with {score} none is trained: leave them out")
     template = None if cfg.template is None else _read_template(cfg.template)
     arguments: Mapping[str, Any] = cfg.template_arguments
     return Encoder(Tokenizer(cfg.tokenizer or model, template, arguments), cfg, limit, score)

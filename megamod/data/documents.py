@@ -2,10 +2,10 @@
 
 A line of such a file is one document, an object with these keys:
 
-    {"input_ids": [1, 57, 9, 4], "labels": [-100, -100, 9, 4], "verdict": [0, 0, 1, 0], "weight": 1.0}
+    {"input_ids": [1, 57, 9, 4], "labels": [-100, -100, 9, 4], "verdict": [0, 0, 1, 0], "weight": 1.0, "weights": [1, 1, 4, 1]}
 
 `labels` are Hugging Face's, unshifted: a token's own id where it is trained, -100 elsewhere. Left out, every token is trained.
-`data/packing.py` shifts them, once.
+`data/packing.py` shifts them, once. A token counts with its document's `weight` times its own of `weights`; with 0 there it is not trained.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import math
 import reprlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ Flags = npt.NDArray[np.bool_]
 
 IGNORED = -100  # the label of a token that is not trained
 MOST_IDS = 2**31  # a document keeps them in int32
-KEYS = ("input_ids", "labels", "verdict", "weight")
+KEYS = ("input_ids", "labels", "verdict", "weight", "weights")
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: arrays have no single truth value, so documents compare by identity
@@ -45,6 +45,7 @@ class Document:
     classes: Integers | None = None  # [t] int64, for a head of scores: the classes at each token as bits, IGNORED where none is asked
     reference: npt.NDArray[np.floating[Any]] | None = None  # [t]: the reference model's log-probability of each trained token
     teacher: npt.NDArray[np.floating[Any]] | None = None  # [t, K, 2]: a teacher's K largest log-probabilities in its place, and whose
+    weights: npt.NDArray[np.float32] | None = None  # [t] above 0: what each token counts beside `weight`; None: 1. See `weighed`
 
 
 class Documents(Protocol):
@@ -55,6 +56,7 @@ class Documents(Protocol):
     side: npt.NDArray[np.int8]  # [n]: as Document has it
     trained: int  # positions that a loss may ask about
     verdicts: int  # of those, the ones that say a verdict
+    weighed: bool  # whether any document has `weights`
 
     def __getitem__(self, number: int) -> Document: ...
 
@@ -73,6 +75,7 @@ class InMemory:
         self.side = np.array([document.side for document in documents], np.int8)
         self.trained = sum(asked_about(document) for document in documents)
         self.verdicts = sum(int(document.verdict.sum()) for document in documents)
+        self.weighed = any(document.weights is not None for document in documents)
 
     def __getitem__(self, number: int) -> Document:
         return self._documents[number]
@@ -90,6 +93,8 @@ class InMemory:
                 digest.update(struct.pack("<b?d", document.side, document.joined, document.margin))
             if document.classes is not None:
                 digest.update(document.classes.astype("<i8").tobytes())
+            if document.weights is not None:
+                digest.update(document.weights.astype("<f4").tobytes())
         return digest.hexdigest()
 
 
@@ -97,6 +102,26 @@ def asked_about(document: Document) -> int:
     """Positions of `document` that a loss may ask about: of trained tokens all but the first, which nothing predicts."""
     own = 0 if document.classes is None else int((document.classes != IGNORED).sum())
     return own + int((document.labels[1:] != IGNORED).sum())
+
+
+def weighed(document: Document, weights: npt.NDArray[np.float64], where: str) -> Document:
+    """`document`, its tokens with these weights `[t]`: those of weight 0 are not trained; where all others have 1, there is no column.
+
+    Raises:
+        MegamodError: a token that would count more than a batch can say.
+    """
+    most = float(weights[document.labels != IGNORED].max(initial=0.0)) * document.weight
+    if not most <= LARGEST_WEIGHT:
+        raise MegamodError(f"{where}: a token's weights multiply to {most:g}: at most {LARGEST_WEIGHT:g} was expected")
+    with np.errstate(over="ignore"):  # of tokens that are not trained
+        kept = weights.astype(np.float32)
+    trained = (document.labels != IGNORED) & (kept > 0)
+    return replace(
+        document,
+        labels=np.where(trained, document.labels, IGNORED),
+        verdict=document.verdict & (trained | (document.labels == IGNORED)),
+        weights=np.where(trained, kept, np.float32(1)) if (kept[trained] != 1).any() else None,
+    )
 
 
 def synthetic(cfg: SyntheticData, vocab: int, longest: int, seed: int) -> InMemory:
@@ -180,7 +205,14 @@ def document_of(record: Json, where: str, vocab: int | None = None) -> Document:
     # The comparison is false for NaN, and takes integers too large for a float.
     if type(weight) not in (int, float) or not 0 <= weight <= LARGEST_WEIGHT:
         raise MegamodError(f"{where}: weight = {reprlib.repr(weight)}: a finite number of at least 0 was expected")
-    return Document(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int64), np.array(verdict, dtype=np.bool_), float(weight))
+    made = Document(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int64), np.array(verdict, dtype=np.bool_), float(weight))
+    if "weights" not in record:
+        return made
+    weights = _column(record, "weights", {int, float}, "numbers", where)
+    for i, one in enumerate(weights):
+        if not 0 <= one <= LARGEST_WEIGHT:
+            raise MegamodError(f"{where}: weights[{i}] = {reprlib.repr(one)}: a finite number of at least 0 was expected")
+    return weighed(made, np.array(weights, dtype=np.float64), where)
 
 
 def _column(record: Json, key: str, kinds: set[type], what: str, where: str) -> list[Any]:

@@ -26,6 +26,13 @@ rating says whether it is wanted:
 | `desirable`, `kto_tag` | LLaMA-Factory | whether the row's own answer is wanted |
 | `label`, true or false | TRL, ms-swift | the same; a text is a severity |
 
+A message of `messages`, `conversations` or `prompt` may say how much it counts when it is trained, 0: not at all:
+
+| key | who writes it | is |
+|---|---|---|
+| `weight` | OpenAI | a number of at least 0 |
+| `loss` | ms-swift | true or false, or such a number |
+
 An answer is text; a message as `messages` or `conversations` have it, alone or in a list; a whole conversation, the answer last; or a
 verdict: `{"label": "unsafe", "categories": ["Violent"]}`, with `reason`, `refusal` and `request` as a row has them.
 """
@@ -74,6 +81,7 @@ class Row:
     language: str | None = None
     kind: str | None = None
     weight: float = 1.0
+    weights: tuple[float, ...] = ()  # of each message, where one has its own; a row with a label or with answers trains none of them
     id: str | None = None
     chosen: Answer | None = None  # of a pair: the better answer to `messages`; of a rated answer: that one
     rejected: Answer | None = None  # of a pair: the worse one, of the same type; else None
@@ -87,6 +95,15 @@ class Row:
         """Its line in the file, from 1."""
         number = self.where.rpartition(":")[2]
         return int(number) if number.isdecimal() else None
+
+    @property
+    def turns(self) -> list[int]:
+        """Which of the messages are the assistant's, after another: those that can be trained."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant" and i > 0]
+
+    def weight_of(self, message: int) -> float:
+        """How much message number `message` counts, beside `weight`."""
+        return self.weights[message] if self.weights else 1.0
 
     @property
     def is_response(self) -> bool:
@@ -180,12 +197,14 @@ def row_of(record: Json, where: str = "row") -> Row:
         raise MegamodError(
             f"{where}: both {worse!r} and {rating!r}: a pair of answers, or one answer and whether it is wanted, was expected"
         )
+    messages = tuple(read(record, where))
     row = Row(
-        tuple(read(record, where)),
+        messages,
         **_finding({**record, "label": None} if rating == "label" else record, where),
         language=typed(record, "language", str, where),
         kind=typed(record, "kind", str, where),
         weight=_number(record, "weight", where, least=0) if "weight" in record else 1.0,
+        weights=_weights(record, holder, len(messages), where),
         id=str(record["id"]) if record.get("id") is not None else None,
         margin=_number(record, "margin", where) if record.get("margin") is not None else None,
         where=where,
@@ -201,10 +220,42 @@ def row_of(record: Json, where: str = "row") -> Row:
         row = _rated(row, rating, typed(record, rating, bool, where))
     if row.margin is not None and not row.is_preference:
         raise MegamodError(f"{where}: margin without rejected: it says by how much one of two answers is better")
+    _check_weights(row)
     if not any(message["role"] != "system" for message in row.messages):
         answer = " and an answer" if row.chosen is not None else ""
         raise MegamodError(f"{where}: {holder} holds no message besides a system prompt{answer}")
     return row
+
+
+# --- weights of messages -----------------------------------------------------------------------------------------------------
+
+
+def _weights(record: Json, holder: str, messages: int, where: str) -> tuple[float, ...]:
+    """Of each of the row's messages; none where no message has its own."""
+    turns = record[holder] if holder in ("messages", "conversations", "prompt") and isinstance(record[holder], list) else []
+    first = int("system" in SPELLINGS[holder][1] and bool(record.get("system")))  # the system prompt that stands beside them
+    found = [_weight(turn, f"{where}: {holder}[{i}]") for i, turn in enumerate(turns)]
+    return (*[1.0] * first, *found, *[1.0] * (messages - first - len(found))) if any(weight != 1 for weight in found) else ()
+
+
+def _weight(turn: Json, place: str) -> float:
+    key = _one_of(turn, ("weight", "loss"), "says how much a message counts", place)
+    if key is None or (key == "loss" and isinstance(turn[key], bool)):
+        return 1.0 if key is None else float(turn[key])
+    return _number(turn, key, place, least=0)
+
+
+def _check_weights(row: Row) -> None:
+    """Refuse weights that nothing would read, and those that are too large together. Raises MegamodError."""
+    most = max(row.weights, default=1.0) * row.weight
+    if most > LARGEST_WEIGHT:
+        raise MegamodError(f"{row.where}: a message's weight and the row's multiply to {most:g}: at most {LARGEST_WEIGHT:g} was expected")
+    trained = row.turns if row.label is None and row.chosen is None else []
+    for i, weight in enumerate(row.weights):
+        answers = i >= len(row.messages)  # trained whatever its weight says
+        if i not in trained and weight != 1 and (weight != 0 or answers):
+            what = "an answer counts as its row does, 1" if answers else "it is not trained, 0 or 1"
+            raise MegamodError(f"{row.where}: message {i} (the first is 0) has weight {weight:g}: {what} was expected")
 
 
 # --- pairs and rated answers: a row with an answer of its own, and what is beside it -----------------------------------------
@@ -296,7 +347,10 @@ def _side(value: Any, place: str) -> Verdict | tuple[Message, ...]:
         return verdict
     if not value or not isinstance(value, list | dict):
         raise MegamodError(f"{place} = {reprlib.repr(value)}: text, messages or a verdict was expected")
-    messages = (_turn(value, place),) if isinstance(value, dict) else tuple(map(_turn, value, _places(place)))
+    turns = [(value, place)] if isinstance(value, dict) else list(zip(value, _places(place), strict=False))
+    messages = tuple(_turn(*turn) for turn in turns)
+    if any(_weight(*turn) != 1 for turn in turns):
+        raise MegamodError(f"{place}: a message with a weight of its own, which nothing reads: an answer counts as its row's weight says")
     if messages[-1]["role"] != "assistant":
         raise MegamodError(f"{place} ends with a message whose role is {messages[-1]['role']!r}: an assistant's was expected")
     return messages

@@ -310,7 +310,8 @@ def micro_batch(rows: Sequence[Sequence[Document]], capacity: int, pad_id: int =
 
     What is left of a row is one document of `pad_id` without labels, with its own entry in `lengths`. A position is labelled
     when the next token of the same document is trained: a document's first token is never predicted, and its last position
-    predicts nothing, whatever follows in the row. Where a document has classes, they are asked of their own position.
+    predicts nothing, whatever follows in the row. Where a document has classes, they are asked of their own position. A position has
+    its document's weight, times that of the token it predicts.
 
     Returns:
         A batch of T = len(rows) · capacity tokens; `weight` is float32, ids are int64.
@@ -338,6 +339,8 @@ def micro_batch(rows: Sequence[Sequence[Document]], capacity: int, pad_id: int =
             target[own] = np.where(document.classes != IGNORED, document.classes, target[own])
     labelled = np.flatnonzero(target != IGNORED)  # [N]
     weight = np.array([document.weight for document in documents], dtype=np.float32)  # [S]
+    of_tokens = _beside(documents, labelled, "weights", absent=1.0)
+    each = torch.from_numpy(weight[sequence[labelled]])  # [N]
     side = np.array([document.side for document in documents])  # [S]
     joined = np.array([document.joined for document in documents])  # [S]
     better = np.flatnonzero((side[:-1] == 1) & (side[1:] == -1) & joined[1:])  # [P]: the worse one follows
@@ -348,14 +351,14 @@ def micro_batch(rows: Sequence[Sequence[Document]], capacity: int, pad_id: int =
         rows=torch.from_numpy(labelled),
         labels=torch.from_numpy(target[labelled].astype(np.int64)),
         verdict=torch.from_numpy(verdict[labelled].astype(np.bool_)),
-        weight=torch.from_numpy(weight[sequence[labelled]]),
+        weight=each if of_tokens is None else each * of_tokens,
         sequence=torch.from_numpy(sequence[labelled]),
         document_weight=torch.from_numpy(weight),
         side=torch.from_numpy(side),
         pairs=torch.from_numpy(np.stack([better, better + 1])),
         margin=torch.tensor([documents[i].margin for i in better], dtype=torch.float64),
-        stored=_stored(documents, labelled, "reference"),
-        taught=_stored(documents, labelled, "teacher"),
+        stored=_beside(documents, labelled, "reference"),
+        taught=_beside(documents, labelled, "teacher"),
     )
 
 
@@ -367,14 +370,14 @@ def _shifted(documents: Sequence[Document], ends: Indices, name: str) -> npt.NDA
     return shifted
 
 
-def _stored(documents: Sequence[Document], labelled: Indices, name: str) -> torch.Tensor | None:
-    """[N, …] what a reference or a teacher says of the labelled positions, where the documents have it."""
+def _beside(documents: Sequence[Document], labelled: Indices, name: str, absent: float = 0.0) -> torch.Tensor | None:
+    """[N, …] column `name` at the labelled positions, `absent` where a document has none; None: no document has it."""
     one = next((found for document in documents if (found := getattr(document, name)) is not None), None)
     if one is None:
         return None
     columns = [getattr(d, name) for d in documents]
-    nothing = (np.zeros((len(d.tokens), *one.shape[1:]), np.float32) for d in documents)
-    whole = np.concatenate([zeros if column is None else column for column, zeros in zip(columns, nothing, strict=True)])
+    nothing = (np.full((len(d.tokens), *one.shape[1:]), absent, np.float32) for d in documents)
+    whole = np.concatenate([filled if column is None else column for column, filled in zip(columns, nothing, strict=True)])
     return torch.from_numpy(np.roll(whole, -1, axis=0)[labelled])  # a document's last position is not labelled
 
 

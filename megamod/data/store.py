@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from megamod import files
 from megamod.config import ChatConfig, DataConfig, Source, SyntheticData
-from megamod.data.chat import Encoder, encoder
+from megamod.data.chat import Encoder, encoder, matches_of
 from megamod.data.documents import IGNORED, Document, Documents, document_of, synthetic
 from megamod.data.jsonl import json_object, no_rows, row_of
 from megamod.data.packing import grouped
@@ -57,11 +57,16 @@ def _classes(document: Document) -> Array:
     return np.full(len(document.tokens), IGNORED, np.int64) if document.classes is None else document.classes
 
 
+def _weights(document: Document) -> Array:
+    return np.ones(len(document.tokens), np.float32) if document.weights is None else document.weights
+
+
 COLUMNS = (
     Column("tokens", "token", "<i4", lambda d: d.tokens),
     Column("trained", "token", "|b1", lambda d: d.labels != IGNORED),
     Column("verdict", "token", "|b1", lambda d: d.verdict),
     Column("classes", "token", "<i8", _classes, absent=IGNORED),
+    Column("weights", "token", "<f4", _weights, absent=1),
     Column("weight", "sequence", "<f8", lambda d: d.weight),
     Column("side", "sequence", "|i1", lambda d: d.side, absent=0),
     Column("joined", "sequence", "|b1", lambda d: d.joined, absent=0),
@@ -91,7 +96,7 @@ class Store:
             else self._map(column.name, column.dtype, sizes[column.per])
             for column in COLUMNS
         }
-        self._has_classes = "classes" not in left_out
+        self._has_classes, self.weighed = "classes" not in left_out, "weights" not in left_out
         self.lengths = np.diff(self._offsets)
         self.joined, self.side = (np.array(self._columns[name]) for name in ("joined", "side"))
 
@@ -108,6 +113,7 @@ class Store:
             bool(columns["joined"][number]),
             float(columns["margin"][number]),
             np.array(columns["classes"][part]) if self._has_classes else None,
+            weights=np.array(columns["weights"][part]) if self.weighed else None,
         )
 
     def fingerprint(self) -> str:
@@ -143,6 +149,7 @@ class Mixed:
         self.side = np.concatenate([documents.side[n] for (documents, _), n in zip(parts, numbers, strict=True)])
         self.trained = sum(documents.trained for documents, _ in parts)
         self.verdicts = sum(documents.verdicts for documents, _ in parts)
+        self.weighed = any(documents.weighed for documents, _ in parts)
 
     def __getitem__(self, number: int) -> Document:
         documents, _ = self._parts[self._part[number]]
@@ -174,6 +181,7 @@ class Prepared(NamedTuple):
         parts += [f"{counts[key]:,} {what}" for key, what in (("skipped", "too long: skipped"), ("cut", "too long: cut")) if counts[key]]
         if counts["special"]:
             parts.append(f"{counts['special']:,} rows hold the text of special tokens, which is read as the tokens")
+        parts += [f"{count:,} tokens by {key}" for key, count in counts.items() if key.startswith(matches_of(""))]
         if self.unread:
             parts.append(f"keys that nothing reads: {listed(f'{key} ({count:,})' for key, count in self.unread.items())}")
         return " · ".join(parts)
@@ -186,7 +194,7 @@ def prepare_all(cfg: DataConfig, model: str, vocab: int, into: str | Path, score
         score: the model's head of scores, if it has one.
 
     Raises:
-        MegamodError: see `prepare`.
+        MegamodError: see `prepare`; one of `cfg.chat.weights` that weighs no token in any of them.
     """
     if isinstance(cfg.train, SyntheticData):
         if score is not None:
@@ -200,7 +208,14 @@ def prepare_all(cfg: DataConfig, model: str, vocab: int, into: str | Path, score
             return Prepared(source.path, store.manifest["counts"], {})
         return prepare(source.path, into, cfg.chat, model, limit=cfg.row_length, vocab=vocab, score=score)
 
-    return [one(source) for source in (cfg.train if isinstance(cfg.train, tuple) else (Source(cfg.train),))]
+    made = [one(source) for source in (cfg.train if isinstance(cfg.train, tuple) else (Source(cfg.train),))]
+    for pattern in cfg.chat.weights:
+        if not sum(store.counts.get(matches_of(pattern), 0) for store in made):
+            raise MegamodError(
+                f"data.chat.weights: {pattern!r} matches nothing that is trained in {listed(store.path for store in made)}: a regular "
+                f"expression for what the assistant says was expected"
+            )
+    return made
 
 
 def _check_encoder(store: Store, chat: ChatConfig, model: str, score: Score | None) -> None:

@@ -59,7 +59,7 @@ class Compared:
         values = np.memmap(root / LOGPROBS, "<f4", "r") if self._offsets[-1] else np.zeros(0, np.float32)
         self._values = values.reshape(-1, *each(self.top_k))
         self.lengths, self.joined, self.side = documents.lengths, documents.joined, documents.side
-        self.trained, self.verdicts = documents.trained, documents.verdicts
+        self.trained, self.verdicts, self.weighed = documents.trained, documents.verdicts, documents.weighed
 
     def __getitem__(self, number: int) -> Document:
         document = self._documents[number]
