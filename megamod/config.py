@@ -146,7 +146,7 @@ class ChatConfig:
     turns: Literal["each", "last"] = "each"  # of rows without label: which of the assistant's turns with a weight above 0 are trained
     # A regular expression (Python's `re`) → how much the tokens count that overlap what it matches in trained text; 0: not trained.
     # The weights of several that match a token are multiplied.
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] | None = None
     too_long: Literal["skip", "cut", "error"] = "skip"  # a document longer than a row; cut: the end of its longest message
     tokenizer: str | None = None  # a Hugging Face directory; None: model.path
     template: str | None = None  # a Jinja file; None: the tokenizer's own chat template
@@ -452,7 +452,7 @@ def _unused_reference(cfg: RunConfig) -> list[tuple[bool, str, str]]:
 
 def check_weights(chat: ChatConfig) -> None:
     """Refuse `weights` that are no regular expressions, and those below 0. Raises MegamodError."""
-    for pattern, weight in chat.weights.items():
+    for pattern, weight in (chat.weights or {}).items():
         key = f"data.chat.weights: {pattern!r}"
         try:
             re.compile(pattern)

@@ -73,15 +73,16 @@ def model_of(kind: str) -> str:
 
 
 def documents(kind: str) -> list[Document]:
-    """DPO, KTO, Reward: what TRL's trainer reads; SFT too, the same texts with nothing to compare; tokens, taught: each with a weight and
-    some tokens of a verdict; class, classes: one of several, any of several, of a whole text; stream: at every token."""
+    """DPO, KTO, Reward: what TRL's trainer reads; SFT too, the same texts with nothing to compare; tokens, taught: each with a weight,
+    every other with weights of its tokens, and some tokens of a verdict; class, classes: one of several, any of several, of a whole text; stream: at every token."""
     if kind in ("DPO", "KTO", "Reward"):
         return test_trl.documents(kind)
     rng, made = np.random.default_rng(11), []
     for number, one in enumerate(test_trl.documents("KTO")):
         document = replace(one, side=0, weight=1.0 if kind == "SFT" else 0.5 + number / 16)
         if kind in ("tokens", "taught"):
-            document = replace(document, verdict=rng.random(len(one.tokens)) < 0.3)
+            own = rng.integers(1, 9, len(one.tokens)).astype(np.float32) / 4 if number % 2 else None
+            document = replace(document, verdict=rng.random(len(one.tokens)) < 0.3, weights=own)
         elif kind != "SFT":
             asked, nothing = np.full(len(one.tokens), IGNORED), np.full(len(one.tokens), IGNORED)
             asked[-1] = 1 << number % CLASSES if kind == "class" else rng.integers(1 << CLASSES)
@@ -115,6 +116,7 @@ class Said:
     ids: Tensor  # [n] the tokens, or the classes as bits
     verdict: Tensor  # [n] bool
     compared: Tensor  # [n, V] log-probabilities of the reference, or a teacher
+    own: Tensor | float = 1.0  # [n] weights
 
     @property
     def logp(self) -> Tensor:
@@ -129,7 +131,7 @@ class Said:
     @property
     def weight(self) -> Tensor:
         """`[n]`."""
-        return torch.full(self.ids.shape, self.document.weight, dtype=torch.float64)
+        return torch.full(self.ids.shape, self.document.weight, dtype=torch.float64) * self.own
 
     @property
     def ratio(self) -> Tensor:
@@ -469,7 +471,8 @@ def of_formula(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
         ids, verdict = labels[at + 1], torch.from_numpy(document.verdict)[at + 1]
         with torch.no_grad():
             compared = reference(tokens).logits[0, at].log_softmax(-1)
-        said.append(Said(document, policy(tokens).logits[0, at], ids, verdict, compared))
+        own = 1.0 if document.weights is None else torch.from_numpy(document.weights)[at + 1].double()
+        said.append(Said(document, policy(tokens).logits[0, at], ids, verdict, compared, own))
     value = case.formula(said)
     value.backward()
     return value.detach(), test_trl.gradients_of(SimpleNamespace(model=policy))

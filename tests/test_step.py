@@ -33,14 +33,15 @@ MODEL = "qwen3-tied"
 
 
 def documents(seed: int = 11) -> list[Document]:
-    """24 documents, of 2 to 30 tokens, the last third of each trained."""
+    """24 documents, of 2 to 30 tokens, the last third of each trained; half of them with weights of their tokens."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for n in torch.randint(2, 31, (24,), generator=generator).tolist():
         tokens = torch.randint(1, 61, (n,), generator=generator)
         labels = torch.where(torch.arange(n) >= n - max(1, n // 3), tokens, -100)
         weight = 0.5 + float(torch.rand((), generator=generator))
-        made.append(Document(tokens.numpy(), labels.numpy(), (torch.arange(n) == n - 1).numpy(), weight))
+        own = (torch.randint(1, 9, (n,), generator=generator) / 4).numpy() if len(made) % 2 else None
+        made.append(Document(tokens.numpy(), labels.numpy(), (torch.arange(n) == n - 1).numpy(), weight, weights=own))
     return made
 
 
@@ -132,8 +133,9 @@ def test_layouts_equal_the_oracle() -> None:
         logits = hf(tokens[None]).logits[0]
         at = (labels[1:] != -100).nonzero()[:, 0]
         logp = logits[:-1][at].log_softmax(-1).gather(-1, labels[1:][at][:, None])[:, 0]
-        nll = nll - doc.weight * logp.detach().sum()
-        weight += doc.weight * len(at)
+        own = torch.ones(len(at)) if doc.weights is None else torch.as_tensor(doc.weights)[1:][at]
+        nll = nll - doc.weight * (own * logp.detach()).sum()
+        weight += doc.weight * float(own.sum())
     value, _ = oracle.run(hf, layouts()["packed"], losses.cross_entropy)
     assert float(value) == pytest.approx(float(nll) / weight, rel=1e-7)  # weights are fp32 columns
 

@@ -104,7 +104,7 @@ class Encoder:
     def identity(self) -> dict[str, Any]:
         """What decides a row's tokens, as JSON: two encoders of the same identity make the same documents."""
         options = {key: value for key, value in dataclasses.asdict(self.cfg).items() if key not in ("tokenizer", "template", "format")}
-        if not self.cfg.weights:  # a store of before there were any is what it would be now
+        if not options["weights"]:  # a store of before there were any is what it would be now
             del options["weights"]
         return {
             **options,

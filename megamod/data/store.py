@@ -209,7 +209,7 @@ def prepare_all(cfg: DataConfig, model: str, vocab: int, into: str | Path, score
         return prepare(source.path, into, cfg.chat, model, limit=cfg.row_length, vocab=vocab, score=score)
 
     made = [one(source) for source in (cfg.train if isinstance(cfg.train, tuple) else (Source(cfg.train),))]
-    for pattern in cfg.chat.weights:
+    for pattern in cfg.chat.weights or ():
         if not sum(store.counts.get(matches_of(pattern), 0) for store in made):
             raise MegamodError(
                 f"data.chat.weights: {pattern!r} matches nothing that is trained in {listed(store.path for store in made)}: a regular "
