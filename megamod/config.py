@@ -144,8 +144,8 @@ class ChatConfig:
     reasons: bool = True  # whether the rows' reasons are part of the verdict
     controversial: Literal["keep", "safe", "unsafe"] = "keep"  # what a controversial row is trained as
     turns: Literal["each", "last"] = "each"  # of rows without label: which of the assistant's turns with a weight above 0 are trained
-    # A regular expression (Python's `re`) → how much the tokens count that overlap what it matches in trained text; 0: not trained.
-    # The weights of several that match a token are multiplied.
+    # A regular expression (Python's `re`) → how much the tokens count that overlap what it matches in what the assistant says, without
+    # what its template puts before and behind it; 0: not trained. The weights of several that match a token are multiplied.
     weights: Mapping[str, float] | None = None
     too_long: Literal["skip", "cut", "error"] = "skip"  # a document longer than a row; cut: the end of its longest message
     tokenizer: str | None = None  # a Hugging Face directory; None: model.path

@@ -74,7 +74,8 @@ def model_of(kind: str) -> str:
 
 def documents(kind: str) -> list[Document]:
     """DPO, KTO, Reward: what TRL's trainer reads; SFT too, the same texts with nothing to compare; tokens, taught: each with a weight,
-    every other with weights of its tokens, and some tokens of a verdict; class, classes: one of several, any of several, of a whole text; stream: at every token."""
+    every other with weights of its tokens, and some tokens of a verdict; class, classes: one of several, any of several, of a whole text;
+    stream: at every token."""
     if kind in ("DPO", "KTO", "Reward"):
         return test_trl.documents(kind)
     rng, made = np.random.default_rng(11), []

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from test_chat import WHERE, documents, made, row, small
 
 from megamod import losses
-from megamod.config import ChatConfig, DataConfig, RunConfig, Source, check_weights
+from megamod.config import ChatConfig, DataConfig, RunConfig, Source, check_weights, override
 from megamod.config import load as load_config
-from megamod.config import override
 from megamod.data.chat import encoder
 from megamod.data.documents import IGNORED, Document, InMemory, document_of, weighed
 from megamod.data.jsonl import LARGEST_WEIGHT, row_of
@@ -45,12 +44,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overlapping(model: Path, ids: Sequence[int], pattern: str) -> list[bool]:
-    """Which of the tokens of a text have a byte of what `pattern` matches in it."""
+    """Which of the tokens of an assistant's turn have a byte of what `pattern` matches in what it says."""
     words = vocabulary(str(model))
     assert words is not None
     pieces = [words.spell(token) for token in ids]
     text = b"".join(pieces).decode()
-    found = [(len(text[: m.start()].encode()), len(text[: m.end()].encode())) for m in re.finditer(pattern, text)]
+    said = text.removesuffix("<|im_end|>\n").strip()
+    first = len(text[: text.index(said)].encode())
+    found = [(first + len(said[: m.start()].encode()), first + len(said[: m.end()].encode())) for m in re.finditer(pattern, said)]
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     return [
         any(start < end and stop > end - len(piece) and start < stop for start, stop in found)
@@ -82,6 +83,7 @@ def test_a_verdict_s_words_are_weighed_and_its_answer_is_whole(model: Path) -> N
     (document,) = documents(encode, judged)
     assert document.weights is not None and document.weight == 0.5
     decode = encode.tokenizer.decode
+    assert document.labels[-2] == encode.tokenizer.end, "what closes the turn is learnt, whatever an expression matches before it"
     assert decode(document.tokens[document.weights == 4].tolist()) == "Safety: Unsafe"
     assert decode(document.tokens[document.labels != IGNORED].tolist()) == "Safety: Unsafe\n<|im_end|>\n"
     assert decode(document.tokens[document.verdict].tolist()).strip() == "Unsafe", "what is not trained is no verdict's"
@@ -144,11 +146,11 @@ NUMBER = "a finite number of at least 0 was expected"
         (talk({"content": "b", "weight": "2"}), f"messages[1]: weight = '2': {NUMBER}"),
         (talk({"content": "b", "weight": True}), f"messages[1]: weight = True: {NUMBER}"),
         (talk({"content": "b", "loss": float("inf")}), f"messages[1]: loss = inf: {NUMBER}"),
-        (talk({"content": "b", "loss": 1, "weight": 1}), "messages[1]: both 'weight' and 'loss': one of them says how much a message counts"),
-        ({"messages": [{"role": "user", "content": "a", "weight": 2}]}, "message 0 (the first is 0) has weight 2: it is not trained, 0 or 1"),
+        (talk({"content": "b", "loss": 1, "weight": 1}), "messages[1]: both 'weight' and 'loss': one of them says how much"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 2}]}, "message 0 (the first is 0) has weight 2: it is not trained"),
         (talk({"content": "b", "weight": 2}, label="safe"), "message 1 (the first is 0) has weight 2: it is not trained, 0 or 1"),
-        (talk({"content": "b", "weight": 2}, rejected="c"), "message 1 (the first is 0) has weight 2: an answer counts as its row does, 1"),
-        (talk({"content": "b", "weight": 0}, desirable=True), "message 1 (the first is 0) has weight 0: an answer counts as its row does, 1"),
+        (talk({"content": "b", "weight": 2}, rejected="c"), "message 1 (the first is 0) has weight 2: an answer counts as its row"),
+        (talk({"content": "b", "weight": 0}, desirable=True), "message 1 (the first is 0) has weight 0: an answer counts as its row"),
         (
             talk({"content": "b"}, rejected=[{"role": "assistant", "content": "c", "weight": 2}]),
             "rejected: a message with a weight of its own, which nothing reads",
@@ -273,7 +275,7 @@ def test_weights_on_the_command_line_and_where_nothing_reads_them(model: Path) -
     assert chat.weights == {r"Safety: \w+": 4, "b": 0.5}
     said = complaint(lambda: encoder(chat, str(model), score=Score("single_label_classification", ("safe", "unsafe"))))
     assert said.startswith("data.chat.weights weigh tokens, and with")
-    assert "data.chat.weights" in complaint(lambda: load_config(CONFIGS / "tiny.py", ["data.chat.weights={'a': 2.0}"]))
+    assert "data.chat.weights" in complaint(lambda: load_config(CONFIGS / "tiny.py", ["data.chat.weights={'a': 2.0}", "eval.data=x.jsonl"]))
 
 
 def test_a_loss_that_reads_no_weights_refuses_them() -> None:

@@ -50,20 +50,14 @@ class Task(NamedTuple):
     weight: float = 1.0  # that the row gives the message
 
 
-class Target(NamedTuple):
-    """The trained part of a text."""
-
-    text: str
-    start: int  # the character that it begins with
-
-
 class Encoded(NamedTuple):
     """A prompt and what follows it, in `t` tokens."""
 
     prompt: int  # tokens
     tokens: npt.NDArray[np.int32]  # [t]
     offsets: npt.NDArray[np.int64]  # [t, 2] the characters of each
-    target: Target
+    said: str  # what the assistant says, without what the template puts before and behind it, such as the end token
+    start: int  # the character with which that begins
     verdict: list[tuple[int, int]]  # the characters of a verdict's values
 
 
@@ -219,7 +213,7 @@ class Encoder:
         """`[t]`: the tokens that should follow the row's prompt, up to the end token."""
         verdict = row.verdict
         assert verdict is not None
-        prompt, tokens, _, _, _ = self._encoded(row, row.messages, self._said(verdict, row))
+        prompt, tokens, *_ = self._encoded(row, row.messages, self._said(verdict, row))
         ids = tokens[prompt:]
         ends = np.flatnonzero(ids == self.tokenizer.end)
         return ids[: ends[0] + 1] if len(ends) else ids
@@ -300,7 +294,7 @@ class Encoder:
     def _document(self, row: Row, messages: Sequence[Message], answer: Verdict | str | None, matches: Counter[str]) -> Document:
         """Prompt and target as one document: the target's tokens are trained, the values of a verdict are marked."""
         assert answer is not None, "without a head of scores something follows"
-        first, tokens, offsets, target, spans = self._encoded(row, messages, answer)
+        first, tokens, offsets, said, own, spans = self._encoded(row, messages, answer)
         labels = np.full(len(tokens), IGNORED, np.int64)
         labels[first:] = tokens[first:]
         document = Document(tokens, labels, _overlapping(offsets, spans) & (labels != IGNORED), row.weight)
@@ -308,8 +302,8 @@ class Encoder:
             return document
         weights = np.ones(len(tokens))
         for pattern, weight in self.cfg.weights.items():
-            found = [match.span() for match in re.finditer(pattern, target.text)]
-            matched = _overlapping(offsets, [(target.start + start, target.start + stop) for start, stop in found]) & (labels != IGNORED)
+            found = [(own + match.start(), own + match.end()) for match in re.finditer(pattern, said)]
+            matched = _overlapping(offsets, found) & (labels != IGNORED)
             matches[matches_of(pattern)] += int(matched.sum())
             weights[matched] *= weight
         return weighed(document, weights, row.where)
@@ -322,7 +316,9 @@ class Encoder:
         tokens, offsets = self.tokenizer.encode(rendered.prompt + rendered.target)
         self._check_border(prompt, tokens, row.where)
         own = first + rendered.start
-        return Encoded(len(prompt), tokens, offsets, Target(rendered.target, first), [(own + start, own + stop) for start, stop in spans])
+        end = rendered.target.rfind(self.tokenizer.end_text)
+        said = rendered.target[rendered.start : end if end >= rendered.start else None].rstrip()
+        return Encoded(len(prompt), tokens, offsets, said, own, [(own + start, own + stop) for start, stop in spans])
 
     def _scored(self, row: Row, messages: Sequence[Message], answer: Verdict | str | None) -> Document:
         """The conversation, and an answer if there is one, with its classes where they are asked."""
