@@ -274,6 +274,10 @@ def test_documents_and_padding_have_titles() -> None:
     two = [Document(tokens, np.where(tokens > keep, tokens, IGNORED), tokens > 99, weight) for keep, weight in ((3, 0.5), (9, 1.0))]
     batch = micro_batch([two[:1], two], 12)
     first, second = tool.passages(batch, 12)
+    six, several = np.arange(6), ([1, 4, 4, 1, 1, 1], [1, 1, 2, 3, 4, 4], [1, 1, 2, 3, 4, 5])
+    weighed = [Document(six, six, six > 9, 0.5, weights=np.array(own, np.float32)) for own in several]
+    titles = [tool.title(1, p, 18).split(" · ")[2] for p in tool.passages(micro_batch([weighed], 18), 18)[0]]
+    assert titles == ["weight 0.5 and 2", "weight 0.5 and 1 and 1.5 and 2", "weight 0.5–2.5"]
     assert [tool.title(i, p, 12) for i, p in enumerate([*first, *second], 1)] == [
         "document 1 · 5 tokens, 2 trained · weight 0.5 · positions 0–4 · at 0–4",
         "padding · 7 tokens · at 5–11",

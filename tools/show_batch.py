@@ -49,6 +49,7 @@ BREAK = "⏎"
 EDGES = "▐▌"
 SIGNS = frozenset(BREAK + "\\" + EDGES + "".join(BRACKETS.values()))  # have a meaning in what is printed
 PAD_ID = 0  # packing.micro_batch's
+FEW = 4  # weights of a document's tokens that are all shown
 
 
 # --- the rows ----------------------------------------------------------------------------------------------------------------
@@ -288,7 +289,8 @@ def title(number: int, passage: Passage, row_length: int, cp: int = 1) -> str:
     if passage.is_padding:
         return f"padding · {len(passage):,} tokens · {place}"
     low, high = passage.positions
-    weight = f"weight {' and '.join(f'{w:g}' for w in passage.weights)}" if passage.weights else "not trained"
+    some = passage.weights if len(passage.weights) <= FEW else (min(passage.weights), max(passage.weights))
+    weight = f"weight {(' and ' if some is passage.weights else '–').join(f'{w:g}' for w in some)}" if some else "not trained"
     return f"document {number} · {len(passage):,} tokens, {passage.trained:,} trained · {weight} · positions {low}–{high} · {place}"
 
 
