@@ -616,7 +616,8 @@ def test_needs_are_those_of_the_losses_within() -> None:
     inner = partial(losses.aot, beta=0.2)
     assert losses.needs_of(partial(losses.weighted, parts=((1.0, inner), (0.5, losses.sft)))) == {"pairs", "reference", "step"}
     assert losses.needs_of(partial(losses.wpo, loss=partial(losses.length_desensitized, loss=losses.dpo))) == {"pairs", "reference"}
-    assert losses.needs_of(partial(losses.weighted, parts=((1.0, losses.cross_entropy),))) == frozenset()
+    assert losses.needs_of(partial(losses.weighted, parts=((1.0, losses.cross_entropy),))) == {"weights"}
+    assert losses.needs_of(partial(losses.weighted, parts=())) == frozenset()
 
 
 LOSS = """from dataclasses import replace
