@@ -80,7 +80,7 @@ COMPARED = """RunConfig(
     reference=ReferenceConfig("model", path="/r", sync_every=3, sync_alpha=0.5),
 )"""
 TAUGHT = """RunConfig(
-    dir="runs/t", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train="a.jsonl"),
+    dir="runs/t", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train="a.jsonl", chat=ChatConfig(weights={"a+": 2.0})),
     loss=partial(losses.distillation, sft_weight=0.5), reference=ReferenceConfig("model", path="/t", top_k=9),
 )"""
 
