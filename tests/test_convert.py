@@ -339,27 +339,27 @@ def test_a_conversion_that_fails_anywhere_goes_on(back: bool, tmp_path: Path) ->
     hf_to_mcore(source, tmp_path / "mcore", shard_bytes=20_000)
     act = partial(mcore_to_hf, tmp_path / "mcore") if back else partial(hf_to_mcore, source)
     act = partial(act, shard_bytes=20_000, jobs=1)
-    put, writes, left, kept, faults = convert.Sink._count, 0, 0, 0, 0
+    put, writes, left, kept, faults = convert.Sink._see, 0, 0, 0, 0
 
-    def counted(sink: convert.Sink, count: int) -> None:
+    def counted(sink: convert.Sink, data: Any) -> None:
         nonlocal writes
         writes += 1
-        put(sink, count)
+        put(sink, data)
 
-    def full(sink: convert.Sink, count: int) -> None:
+    def full(sink: convert.Sink, data: Any) -> None:
         nonlocal left
         left -= 1
         if left < 0:
             raise OSError(28, "No space left on device")
-        put(sink, count)
+        put(sink, data)
 
-    with mock.patch.object(convert.Sink, "_count", counted):
+    with mock.patch.object(convert.Sink, "_see", counted):
         act(tmp_path / "whole")
     there: dict[Path, int] = {}
     while not (tmp_path / "out").exists():
         left = writes * 2 // 5
         assert faults < 9
-        with mock.patch.object(convert.Sink, "_count", full):
+        with mock.patch.object(convert.Sink, "_see", full):
             try:
                 act(tmp_path / "out")
             except MegamodError as error:
@@ -373,6 +373,22 @@ def test_a_conversion_that_fails_anywhere_goes_on(back: bool, tmp_path: Path) ->
     assert kept > 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_no_kernel_copies_and_no_sums(tmp_path: Path) -> None:
+    """Where the kernel copies nothing from file to file, or says that it copied nothing: the same bytes; without sums, too."""
+    source = directory(tmp_path / "hf", "qwen2")
+    hf_to_mcore(source, tmp_path / "a")
+    for i, answer in enumerate((OSError(18, "Invalid cross-device link"), [0] * 1000)):
+        with mock.patch.object(os, "copy_file_range", side_effect=answer):
+            hf_to_mcore(source, tmp_path / f"b{i}", sums=False)
+        theirs = files_of(tmp_path / "a")
+        assert theirs.pop("release/SHA256SUMS")
+        assert files_of(tmp_path / f"b{i}") == theirs
+    (tmp_path / "a" / "release" / "SHA256SUMS").write_text("rubbish", encoding="utf-8")
+    mcore_to_hf(tmp_path / "a", tmp_path / "back", sums=False)
+    assert not (tmp_path / "back" / "SHA256SUMS").exists()
+    assert "SHA256SUMS:1: damaged" in complaint(lambda: mcore_to_hf(tmp_path / "a", tmp_path / "no"))
 
 
 def test_other_options_begin_again(tmp_path: Path) -> None:
@@ -545,6 +561,26 @@ def test_what_megatron_has_no_place_for_is_refused(tmp_path: Path) -> None:
         save_file(tiny.weights(name, torch.float32), path / "model.safetensors")
         assert said in complaint(lambda path=path: hf_to_mcore(path, tmp_path / "out"))
     assert "neither a checkpoint of Megatron-LM" in complaint(lambda: mcore_to_hf(tmp_path, tmp_path / "out"))
+
+
+def test_a_tied_model_s_second_head_must_be_its_embedding(tmp_path: Path) -> None:
+    source = directory(tmp_path / "hf", "qwen3-tied")
+    tensors = contents(source)
+    for head, fine in ((tensors["model.embed_tokens.weight"].clone(), True), (tensors["model.embed_tokens.weight"] + 1, False)):
+        save_file({**tensors, "lm_head.weight": head}, source / "model.safetensors")
+        if fine:
+            hf_to_mcore(source, tmp_path / "out")
+        else:
+            assert "ties the embeddings, but lm_head.weight differs" in complaint(lambda: hf_to_mcore(source, tmp_path / "no"))
+
+
+def test_q_k_and_v_in_several_dtypes_lose_nothing(tmp_path: Path) -> None:
+    source = directory(tmp_path / "hf", "qwen2", torch.float32)
+    tensors = {name: x.bfloat16() if "q_proj" in name else x for name, x in contents(source).items()}
+    save_file(tensors, source / "model.safetensors")
+    hf_to_mcore(source, tmp_path / "mcore")
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    assert same({name: x.float() for name, x in tensors.items()}, contents(tmp_path / "back"))
 
 
 def test_two_at_once_are_one(tmp_path: Path) -> None:

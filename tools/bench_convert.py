@@ -115,14 +115,18 @@ def measure(work: Path, gigabytes: float, rounds: int, jobs: int) -> dict[str, o
 
 def ways_of(work: Path, model: Path, jobs: int, name: str = "") -> dict[str, Callable[[], Took]]:
     """What is compared, by name. The third direction is the second's inverse, and reads what that has written."""
-    copy, pt, middle, back = (work / f"{kind}{name}" for kind in ("copy", "pt", "mcore", "hf"))
+    copy, pt, middle, back, bare, bare_back = (work / f"{kind}{name}" for kind in ("copy", "pt", "mcore", "hf", "bare", "bare-hf"))
+    copied = 'cp -r "$0" "$1" && sync "$1"/*'
     python = [sys.executable, "-c", COLLECT]
     return {
         "cp": lambda: run(["cp", "-r", str(model), str(copy)], copy),
-        "cp, synced": lambda: run(["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(model), str(copy)], copy),
+        "cp, synced": lambda: run(["sh", "-c", copied, str(model), str(copy)], copy),
         "collect, torch.save": lambda: run([*python, str(model), str(pt)], pt),
-        "Hugging Face → Megatron": lambda: run(tool("hf_to_mcore", model, middle, jobs), middle),
-        "Megatron → Hugging Face": lambda: run(tool("mcore_to_hf", middle, back, jobs), back),
+        "cp, synced, sha256sum": lambda: run(["sh", "-c", f'{copied}; cd "$1" && sha256sum * > SHA256SUMS', str(model), str(copy)], copy),
+        "HF → Megatron": lambda: run(tool("hf_to_mcore", model, middle, jobs), middle),
+        "Megatron → HF": lambda: run(tool("mcore_to_hf", middle, back, jobs), back),
+        "HF → Megatron, no sums": lambda: run([*tool("hf_to_mcore", model, bare, jobs), "--no-sums"], bare),
+        "Megatron → HF, no sums": lambda: run([*tool("mcore_to_hf", bare, bare_back, jobs), "--no-sums"], bare_back),
     }
 
 
