@@ -47,6 +47,8 @@ class ParallelConfig:
     vpp: int = 1  # model chunks per pipeline rank: the interleaved schedule
     cp: int = 1  # context parallelism: Ulysses, sequence ↔ heads
     sp: bool = False  # Megatron's sequence parallelism: activations outside attention and MLP split over tp
+    # ZeRO-3 for what is frozen: each rank of dp × cp keeps a slice of the base's linears beneath adapters, gathered when it is used.
+    shard_base: bool = False
     layers_per_stage: tuple[int, ...] | None = None  # an uneven split: pp × vpp numbers in pipeline order; None: even
     timeout_minutes: int = 30  # a collective that takes longer ends the run
 
@@ -317,6 +319,7 @@ def check(cfg: RunConfig) -> None:
         ),
         (p.sp and p.tp == 1, "parallel.sp", "parallel.tp is 1"),
         (p.vpp > 1 and p.pp == 1, "parallel.vpp", "parallel.pp is 1"),
+        (p.shard_base and cfg.lora is None, "parallel.shard_base", "lora is None, and no weight is frozen: set lora.r"),
         (p.layers_per_stage is not None and p.pp == 1, "parallel.layers_per_stage", "parallel.pp is 1"),
         (
             cfg.checkpoint.keep_every is not None and cfg.checkpoint.keep_last is None,

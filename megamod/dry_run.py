@@ -85,17 +85,17 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
             batches = [replace(batch, answers=batch.alone(batch.reference)) for batch in batches]
         train_step(wrapped, batches, cfg.loss, grid)
         parameters, copied = ([p for chunk in part for p in chunk.parameters()] for part in (chunks, compared))
-        # What is in 4 bits, and the buffer in which each of it is made dense in its turn.
-        in_4_bits = [item.weight for item in frozen([*chunks, *compared], shape, grid.tp.size, grid.tp.rank)]
-        dense = max((weight.shape.numel() * weight.dtype.itemsize for weight in in_4_bits), default=0) * (2 if compared else 1)
+        # What is in 4 bits or in slices, and the buffers in which each of it is made dense in its turn.
+        compact = [item.weight for item in frozen([*chunks, *compared], shape, grid.tp.size, grid.tp.rank)]
+        dense = sum(buffer.nbytes for buffer in {buffer for weight in compact for buffer in weight.buffers_shared})
         copies = [s for s in optimizer.segments if s.master.dtype is not s.weight.dtype]
         moments = sum(2 * s.master.numel() * s.master.element_size() for s in optimizer.segments)
         return DryRun(
             rank=rank,
             place=f"pp {grid.pp.rank} · dp {grid.dp.rank} · cp {grid.cp.rank} · tp {grid.tp.rank}",
             layers=tuple(len(chunk.decoder.layers) for chunk in chunks),
-            parameters=sum(p.numel() for p in parameters) + sum(weight.shape.numel() for weight in in_4_bits),
-            weight_bytes=sum(p.numel() * p.element_size() for p in (*parameters, *copied)) + sum(w.nbytes for w in in_4_bits) + dense,
+            parameters=sum(p.numel() for p in parameters) + sum(weight.shape.numel() for weight in compact),
+            weight_bytes=sum(p.numel() * p.element_size() for p in (*parameters, *copied)) + sum(w.nbytes for w in compact) + dense,
             gradient_bytes=sum(b.grad_data.numel() * b.grad_data.element_size() for chunk in wrapped for b in chunk.buffers),
             optimizer_bytes=moments + sum(s.master.numel() * s.master.element_size() for s in copies),
             micro_batches=count,

@@ -23,6 +23,7 @@ from megamod.losses import needs_of
 from megamod.model.build import DTYPES
 from megamod.model.head import CHUNK_BYTES, KEPT_BYTES
 from megamod.model.lora import LINEARS
+from megamod.model.nf4 import aligned
 from megamod.model.shape import Shape
 from megamod.parallel.grid import check, check_rows, kv_repeats, ulysses_degree
 from megamod.reference import is_copy, place_of
@@ -126,12 +127,25 @@ class Parameter(NamedTuple):
     alone: bool = False  # in a bucket of its own: the embedding that two stages share
 
 
+class Kept(NamedTuple):
+    """A weight that is kept in 4 bits, or in slices, or both."""
+
+    numel: int
+    units: int  # of what is kept, and cut into slices
+    unit: int  # bytes: 1 of codes
+    in_4_bits: bool
+
+    def bytes(self, ranks: int) -> int:
+        """What each of `ranks` keeps."""
+        return -(-self.units // ranks) * self.unit
+
+
 class Chunk(NamedTuple):
     """What one virtual stage has."""
 
     layers: int
     parameters: tuple[Parameter, ...]  # in the module's order
-    in_4_bits: tuple[tuple[int, int], ...]  # of each weight in 4 bits: bytes, numbers
+    compact: tuple[Kept, ...]  # weights that are no parameters
 
 
 @dataclass(frozen=True)
@@ -141,10 +155,11 @@ class Held:
     layers: tuple[int, ...]  # of each of its chunks
     parameters: int
     trained: int
-    weight_bytes: int  # with a reference model's copy, and the buffer in which weights in 4 bits are made dense
+    weight_bytes: int  # with a reference model's copy, and the buffers in which weights in 4 bits, or in slices, are made dense
     gradient_bytes: int
     master_bytes: int  # where they are copies
     moment_bytes: int
+    gathered_bytes: int  # in each pass, from the slices of other ranks
 
     @property
     def bytes(self) -> int:
@@ -171,7 +186,8 @@ def held(cfg: RunConfig, model: Model, world: int, *, tp: int = 0, pp: int = 0, 
     p = cfg.parallel
     split, sharing = check(p, model.shape, world), world // (p.tp * p.pp)
     itemsize = DTYPES[cfg.model.dtype].itemsize
-    chunks = [_chunk(model, itemsize, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
+    ranks = sharing if p.shard_base else 1
+    chunks = [_chunk(model, itemsize, p.tp, tp, split, number, p.shard_base) for number in range(pp, len(split), p.pp)]
     bucket = max(40_000_000, 1_000_000 * sharing) if cfg.optim.overlap_grad_reduce and pp == 0 else None  # megatron-core's default
     trained = buffered = owned = 0
     for number, chunk in enumerate(chunks):
@@ -180,32 +196,37 @@ def held(cfg: RunConfig, model: Model, world: int, *, tp: int = 0, pp: int = 0, 
         length, of_rank = _buffer(mine, sharing, dp_cp, bucket if number == 0 else None)
         buffered, owned = buffered + length, owned + of_rank
     numbers = sum(parameter.numel for chunk in chunks for parameter in chunk.parameters)
-    four = [one for chunk in chunks for one in chunk.in_4_bits]
-    weights = numbers * itemsize + sum(size for size, _ in four)
-    dense = max((count * itemsize for _, count in four), default=0)
+    compact = [one for chunk in chunks for one in chunk.compact]
+    kept = sum(one.bytes(ranks) for one in compact)
+    weights = numbers * itemsize + kept
+    # Where weights in 4 bits are made dense; and, of what is gathered, the one that is used and the one that is on its way.
+    buffers = max((one.numel * itemsize for one in compact if one.in_4_bits), default=0)
+    buffers += 2 * max((ranks * one.bytes(ranks) for one in compact), default=0) if ranks > 1 else 0
     if is_copy(cfg):
-        plain = [_chunk(Model(model.shape, None), itemsize, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
-        weights += sum(x.numel for c in plain for x in c.parameters) * itemsize + sum(size for size, _ in four)
-        dense *= 2
+        bare = Model(model.shape, None)
+        plain = [_chunk(bare, itemsize, p.tp, tp, split, number, p.shard_base) for number in range(pp, len(split), p.pp)]
+        weights += sum(x.numel for c in plain for x in c.parameters) * itemsize + kept
+        buffers *= 2
     work = max(4, itemsize)
     return Held(
         layers=tuple(chunk.layers for chunk in chunks),
-        parameters=numbers + sum(count for _, count in four),
+        parameters=numbers + sum(one.numel for one in compact),
         trained=trained,
-        weight_bytes=weights + dense,
+        weight_bytes=weights + buffers,
         gradient_bytes=buffered * work,
         master_bytes=owned * work if work > itemsize else 0,
         moment_bytes=2 * owned * work,
+        gathered_bytes=(ranks - 1) * kept,
     )
 
 
 @cache
-def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ...], number: int) -> Chunk:
-    """Stage `number` of `split` on tensor-parallel rank `rank` of `tp`."""
+def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ...], number: int, sliced: bool) -> Chunk:
+    """Stage `number` of `split` on tensor-parallel rank `rank` of `tp`; `sliced`: ranks share its linears' weights."""
     first, last, shape, adapter = number == 0, number == len(split) - 1, model.shape, model.adapter
     rows = {row.ours: row for row in table(shape)}
     found: list[Parameter] = []
-    four: list[tuple[int, int]] = []
+    compact: list[Kept] = []
 
     def plain(row: Row, layer: int, alone: bool = False) -> Parameter:
         return Parameter(_numel(row, tp, rank), adapter is None, _spans(row, pieces(row, tp, rank, layer)), alone)
@@ -221,7 +242,9 @@ def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ..
             here = pieces(row, tp, rank, layer)
             q = shape.quantization if place.removesuffix(".weight") in LINEARS else None
             if q is not None and any(q.converts(piece.hf.removesuffix(".weight")) for piece in here):
-                four.append((sum(_bytes_in_4_bits(q, piece, itemsize) for piece in here), _numel(row, tp, rank)))
+                compact.append(Kept(_numel(row, tp, rank), sum(_bytes_in_4_bits(q, piece, itemsize) for piece in here), 1, True))
+            elif sliced and place.removesuffix(".weight") in LINEARS:
+                compact.append(Kept(_numel(row, tp, rank), _numel(row, tp, rank), itemsize, False))
             else:
                 found.append(plain(row, layer))
             for piece in here if place.endswith(".weight") else ():
@@ -238,7 +261,7 @@ def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ..
         tied = shape.tied and not (first and last)
         names = [EMBEDDING] * first + [EMBEDDING] * (shape.tied and last and not first) + [n for n in HEAD if last and n in rows]
         found += [plain(rows[n], 0, tied)._replace(trained=True) for n in names if rows[n].parts[0].hf in adapter.whole]
-    return Chunk(len(layers), tuple(found), tuple(four))
+    return Chunk(len(layers), tuple(found), tuple(compact))
 
 
 def _numel(row: Row, tp: int, rank: int) -> int:
@@ -261,14 +284,14 @@ def _spans(row: Row, here: Sequence[Piece]) -> tuple[tuple[int, int], ...]:
 
 
 def _bytes_in_4_bits(q: Quantization, piece: Piece, itemsize: int) -> int:
-    """Of a tensor's share as model.nf4 keeps it; where it is not converted, it has `itemsize` bytes a number."""
+    """Of a tensor's share as model.nf4 keeps it, each part in 16 bytes more or less; unconverted, it has `itemsize` bytes a number."""
     if not q.converts(piece.hf.removesuffix(".weight")):
-        return piece.numel * itemsize
+        return aligned(piece.numel * itemsize)
     (rows, columns), (row, column), (height, width) = piece.shape, piece.offset, piece.size
     lines = Lines.of((rows, columns), (row, column), (height, width))
     blocks, touched = -(-lines.total // q.blocksize), lines.count * lines.touched(q.blocksize)
-    statistics = touched + 4 * -(-blocks // nf4.NESTED) + 4 if q.use_double_quant else 4 * touched
-    return -(-piece.numel // 2) + statistics
+    statistics = [touched, 4 * -(-blocks // nf4.NESTED), 4] if q.use_double_quant else [4 * touched]
+    return sum(map(aligned, (-(-piece.numel // 2), *statistics)))
 
 
 def _buffer(trained: Sequence[Parameter], ranks: int, rank: int, bucket: int | None) -> tuple[int, int]:
@@ -501,7 +524,7 @@ def links(cfg: RunConfig, shape: Shape, h: Held, sharing: int, micro_batches: in
     layer = (u - 1) / u * unit * 2 * (heads + repeated) + (r - 1) * unit * 2 * repeated
     cp = layers * layer * (2 + _recomputes(cfg, "core_attn") + before)
     pp = (2 + before) * p.vpp * n.split * shape.hidden * e if p.pp > 1 else 0
-    dp = (sharing - 1) / sharing * (h.gradient_bytes + h.trained * e)
+    dp = (sharing - 1) / sharing * (h.gradient_bytes + h.trained * e) + h.gathered_bytes * passes * micro_batches
     return Links((p.tp - 1) / p.tp * tp * micro_batches, float(pp * micro_batches), cp * micro_batches, dp)
 
 

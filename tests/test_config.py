@@ -71,7 +71,7 @@ ADAPTED = IN_4_BITS.format(
         r=4, lora_alpha=2.5, target_modules=("q_proj", "up_proj"), exclude_modules="model.*3.*", layers_to_transform=(1, 2),
         rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 8}, modules_to_save=("lm_head",), lora_dropout=0.5, use_rslora=True,
         use_dora=True, init_lora_weights="gaussian", loraplus_lr_ratio=16.0, name="mine",
-    )"""
+    ), parallel=ParallelConfig(shard_base=True)"""
 )
 # What a preference loss reads, and a head of scores, which FULL's eval rules out.
 COMPARED = """RunConfig(
@@ -200,7 +200,7 @@ def test_override_of_keywords_without_annotation_and_with_a_position(tmp_path: P
     [
         ("optim.lrr=1", "override optim.lrr=1: OptimConfig has no field 'lrr', did you mean 'lr'?"),
         ("optm.lr=1", "override optm.lr=1: RunConfig has no field 'optm', did you mean 'optim'?"),
-        ("parallel.qqq=1", "ParallelConfig has no field 'qqq', choose from: cp, layers_per_stage, pp, sp, timeout_minutes, tp, vpp"),
+        ("parallel.qqq=1", "has no field 'qqq', choose from: cp, layers_per_stage, pp, shard_base, sp, timeout_minutes, tp, vpp"),
         ("=1", "RunConfig has no field '', choose from: "),
         ("steps", "override 'steps': write it as owner.key=value"),
         ("--steps", "override '--steps': write it as owner.key=value"),

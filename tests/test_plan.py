@@ -63,6 +63,8 @@ REHEARSALS = [
     ("tiny", Rehearsal(3, (2,), ("model.dtype=bfloat16", "data.rows_per_step=6"))),
     ("tiny", Rehearsal(2, (1,), ("lora.r=4", "lora.modules_to_save=('embed_tokens',)", "lora.use_dora=true", "parallel.pp=2"))),
     ("tiny_dpo", Rehearsal(4, (3,), ("parallel.tp=2", "parallel.pp=2", "lora.r=4"))),
+    ("tiny", Rehearsal(12, (2, 11), ("lora.r=4", "parallel.tp=2", "parallel.pp=2", "parallel.shard_base=true", "data.rows_per_step=12"))),
+    ("moderation_72b_lora", Rehearsal(16, (15,), ("parallel.shard_base=true",))),
     ("smollm2_dpo", Rehearsal(2, (1,))),  # a second model is the reference
     ("moderation_7b", Rehearsal(8, (3,), ("optim.overlap_grad_reduce=true",))),  # in many buckets
     ("moderation_72b", Rehearsal(128, (127,))),
@@ -90,11 +92,12 @@ def test_what_a_rank_holds_is_what_the_dry_run_finds(
         assert (h.layers, h.parameters, h.weight_bytes, h.gradient_bytes, h.master_bytes + h.moment_bytes) == expected
 
 
-@pytest.mark.parametrize("q", [Quantization(), Quantization("fp4", False, 128, ("k_proj",))], ids=str)
-def test_a_base_in_4_bits(rehearsed: Callable[[RunConfig, Shape, int, int], DryRun], q: Quantization) -> None:
-    cfg, shape = loaded("tiny", "parallel.tp=4", "lora.r=4")
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
+@pytest.mark.parametrize("q", [Quantization(), Quantization("fp4", False, 128, ("k_proj", "o_proj"))], ids=str)
+def test_a_base_in_4_bits(rehearsed: Callable[[RunConfig, Shape, int, int], DryRun], q: Quantization, sliced: bool) -> None:
+    cfg, shape = loaded("tiny", "parallel.tp=4", "lora.r=4", f"parallel.shard_base={str(sliced).lower()}", "data.rows_per_step=12")
     shape = shape.quantized(q)
-    found, h = rehearsed(cfg, shape, 4, 3), plan.held(cfg, Model.of(cfg, shape), 4, tp=3)
+    found, h = rehearsed(cfg, shape, 12, 3), plan.held(cfg, Model.of(cfg, shape), 12, tp=3)
     assert (h.parameters, h.weight_bytes, h.gradient_bytes) == (found.parameters, found.weight_bytes, found.gradient_bytes)
 
 
