@@ -195,6 +195,7 @@ class OptimConfig:
     clip_grad: float | None = 1.0  # the global norm that gradients are scaled down to; None: never
     max_skips: int = 3  # steps in a row whose loss or gradients are not finite, which change nothing; then the run ends
     overlap_grad_reduce: bool = False  # reduce gradients in buckets while the backward pass goes on
+    offload: bool = False  # masters and moments in host memory, where a processor updates them; OMP_NUM_THREADS says by how many threads
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Hardware:
     link: float  # bytes a second that a GPU sends to the others of its node
     network: float  # bytes a second that a GPU sends to other nodes
     node: int = 8  # GPUs of a node
+    host: float = 10e9  # bytes a second that a rank's processor core reads and writes as it updates what is in host memory
     efficiency: float = 0.5  # of flops, over a step's matrix products and what lies between them
     reached: float = 0.7  # of bandwidth, link and network
     reserve: float = 0.08  # of the memory: CUDA's context, NCCL's buffers, what the allocator cannot use
@@ -160,10 +161,11 @@ class Held:
     master_bytes: int  # where they are copies
     moment_bytes: int
     gathered_bytes: int  # in each pass, from the slices of other ranks
+    host_bytes: int  # masters, moments and gradients, where these are in host memory
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """All of it, but for the host's."""
         return self.weight_bytes + self.gradient_bytes + self.master_bytes + self.moment_bytes
 
 
@@ -214,9 +216,10 @@ def held(cfg: RunConfig, model: Model, world: int, *, tp: int = 0, pp: int = 0, 
         trained=trained,
         weight_bytes=weights + buffers,
         gradient_bytes=buffered * work,
-        master_bytes=owned * work if work > itemsize else 0,
-        moment_bytes=2 * owned * work,
+        master_bytes=owned * work if work > itemsize and not cfg.optim.offload else 0,
+        moment_bytes=0 if cfg.optim.offload else 2 * owned * work,
         gathered_bytes=(ranks - 1) * kept,
+        host_bytes=4 * owned * work if cfg.optim.offload else 0,
     )
 
 
@@ -543,7 +546,7 @@ class Planned:
     flops_per_token: float  # of a training step
     links: Links
     seconds: float  # of a step
-    parts: Mapping[str, float]  # of these seconds: compute, bubble, tp, pp, cp, dp, memory
+    parts: Mapping[str, float]  # of these seconds: compute, bubble, tp, pp, cp, dp, memory, host
     tokens_per_second: float
     mfu: float  # operations that the model needs, without what is computed again, of what the GPUs could do
 
@@ -609,12 +612,13 @@ def plan(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents
     in_4_bits = passes * micro_batches * 2.5 * h.parameters if dense else 0
     update = 2 * (h.master_bytes + h.moment_bytes) + h.gradient_bytes
     memory = (in_4_bits + update) / (hardware.bandwidth * hardware.reached)
+    host = 2 * h.host_bytes / hardware.host  # each of the four once in or out of a core, and once more over the bus or back
     bubble = (compute + tp + cp) * (p.pp - 1) / (p.vpp * micro_batches)
-    seconds = compute + bubble + tp + cp + pp_seconds + dp + memory
+    seconds = compute + bubble + tp + cp + pp_seconds + dp + memory + host
     rate = cfg.data.rows_per_step * cfg.data.row_length / seconds
     ideal = 3 if cfg.lora is None else 2
     mfu = (ideal * (w.linears + w.head) + 3 * w.attention) / tokens * rate / world / hardware.flops
-    parts = {"compute": compute, "bubble": bubble, "tp": tp, "pp": pp_seconds, "cp": cp, "dp": dp, "memory": memory}
+    parts = {"compute": compute, "bubble": bubble, "tp": tp, "pp": pp_seconds, "cp": cp, "dp": dp, "memory": memory, "host": host}
     return Planned(cfg, world, stage, h, kept, count, working_bytes(cfg, model), head, trained / tokens, sent, seconds, parts, rate, mfu)
 
 
@@ -645,6 +649,9 @@ def longest_row(cfg: RunConfig, model: Model, world: int, hardware: Hardware, do
 # ---- search
 
 
+SEARCHED = ("tp", "pp", "vpp", "cp", "sp", "layers_per_stage", "shard_base")  # of cfg.parallel
+
+
 class Kind(NamedTuple):
     """Ways of cutting a model that are compared with each other."""
 
@@ -663,7 +670,8 @@ class Lost(NamedTuple):
 
 
 def fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> tuple[list[Planned], list[Lost]]:
-    """All grids, micro-batches and ways to recompute of this run's model, rows and losses on `world` GPUs.
+    """All grids, micro-batches and ways to recompute of this run's model, rows and losses on `world` GPUs; and of those that do not fit,
+    whether they do when the base is in slices, or the optimizer's state on the host.
 
     Returns:
         What fits, the fastest first; and why each kind that has not the fastest lost, in one line each.
@@ -676,7 +684,7 @@ def fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents:
         refusal = ""
         for candidate in _of_kind(cfg, kind, world):
             try:
-                one = plan(candidate, model, world, hardware, documents)
+                one = _relieved(candidate, model, world, hardware, documents)
             except MegamodError as error:
                 refusal = refusal or str(error)
                 continue
@@ -715,19 +723,36 @@ def _of_kind(cfg: RunConfig, kind: Kind, world: int) -> Iterator[RunConfig]:
         for vpp in (1, 2, 4) if kind.pp > 1 else (1,):
             own = cfg.parallel.layers_per_stage
             split = own if own is not None and len(own) == kind.pp * vpp else None
-            p = replace(cfg.parallel, tp=kind.tp, pp=kind.pp, cp=cp, vpp=vpp, sp=kind.tp > 1, layers_per_stage=split)
+            p = replace(cfg.parallel, tp=kind.tp, pp=kind.pp, cp=cp, vpp=vpp, sp=kind.tp > 1, layers_per_stage=split, shard_base=False)
+            o = replace(cfg.optim, offload=False)
             for rows in (1, 2, 4):
                 d = replace(cfg.data, rows_per_micro_batch=rows)
                 for recompute in get_args(Recompute):
                     m = replace(cfg.model, recompute=recompute, recompute_modules=None)
-                    yield replace(cfg, parallel=p, data=d, model=m)
+                    yield replace(cfg, parallel=p, data=d, model=m, optim=o)
+
+
+def _relieved(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> Planned:
+    """The plan of `cfg`, with its base in slices, its optimizer's state on the host or both where it fits so, and not without: each costs
+    time. Raises MegamodError: see `plan`."""
+    p = cfg.parallel
+    sliced = [False] + [True] * (cfg.lora is not None and world > p.tp * p.pp)
+    found: list[Planned] = []
+    for offload in (False, True):
+        for shard_base in sliced:
+            one = replace(cfg, parallel=replace(p, shard_base=shard_base), optim=replace(cfg.optim, offload=offload))
+            found.append(plan(one, model, world, hardware, documents))
+            if found[-1].bytes <= hardware.usable:
+                return found[-1]
+    return min(found, key=lambda one: one.bytes)
 
 
 def said(cfg: RunConfig) -> str:
     """`tp 8 · pp 4 · vpp 1 · cp 2 · 1 row a micro-batch · recompute full`"""
     p, rows = cfg.parallel, cfg.data.rows_per_micro_batch
-    grid = f"tp {p.tp} · pp {p.pp} · vpp {p.vpp} · cp {p.cp}"
-    return f"{grid} · {rows} {'row' if rows == 1 else 'rows'} a micro-batch · recompute {cfg.model.recompute}"
+    grid = f"tp {p.tp} · pp {p.pp} · vpp {p.vpp} · cp {p.cp}" + " · base in slices" * p.shard_base
+    rest = f"recompute {cfg.model.recompute}" + " · offload" * cfg.optim.offload
+    return f"{grid} · {rows} {'row' if rows == 1 else 'rows'} a micro-batch · {rest}"
 
 
 def _largest(one: Planned) -> str:
@@ -742,7 +767,7 @@ def _largest(one: Planned) -> str:
 
 def _costliest(one: Planned, best: Planned) -> str:
     """What costs a plan most time beyond the best one's."""
-    names = {"compute": "more to compute", "bubble": "the pipeline's bubble", "memory": "memory traffic"}
+    names = {"compute": "more to compute", "bubble": "the pipeline's bubble", "memory": "memory traffic", "host": "the update on the host"}
     worse = {key: one.parts[key] - best.parts[key] for key in one.parts}
     key = max(worse, key=lambda name: worse[name])
     return f"{names.get(key, f'sending over {key}')} takes {one.parts[key] / one.seconds:.0%} of a step"
@@ -757,9 +782,10 @@ def nearest_fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, do
             if best is not None and len(words) > best[0]:
                 continue
             try:
-                one = plan(candidate, model, world, hardware, documents)
+                one = _relieved(candidate, model, world, hardware, documents)
             except MegamodError:
                 continue
+            words = changes(cfg, one.cfg)
             if one.bytes <= hardware.usable:
                 best = min(best or (len(words) + 1, 0.0, ""), (len(words), one.seconds, " ".join(words)))
     return None if best is None else best[2]
@@ -768,8 +794,9 @@ def nearest_fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, do
 def changes(cfg: RunConfig, other: RunConfig) -> list[str]:
     """The overrides that make `other` of `cfg`, as far as a plan's search goes."""
     pairs = [
-        *((f"parallel.{name}", cfg.parallel, other.parallel, name) for name in ("tp", "pp", "vpp", "cp", "sp", "layers_per_stage")),
+        *((f"parallel.{name}", cfg.parallel, other.parallel, name) for name in SEARCHED),
         ("data.rows_per_micro_batch", cfg.data, other.data, "rows_per_micro_batch"),
         *((f"model.{name}", cfg.model, other.model, name) for name in ("recompute", "recompute_modules")),
+        ("optim.offload", cfg.optim, other.optim, "offload"),
     ]
     return [f"{key}={getattr(b, name)}" for key, a, b, name in pairs if getattr(a, name) != getattr(b, name)]

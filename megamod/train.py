@@ -82,7 +82,7 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
     checkpoints, exports = directory / "checkpoints", directory / ("hf" if cfg.lora is None else "peft")
     begun, passed = _begun(cfg, checkpoints, grid)
     plan = together(lambda: _plan(cfg, shape, begun))
-    optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
+    optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)), grid.device)
 
     d = cfg.data
     stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data", shape.score))

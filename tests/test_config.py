@@ -55,7 +55,7 @@ FULL = """RunConfig(
     parallel=ParallelConfig(tp=2, pp=2, vpp=2, cp=2, sp=True, layers_per_stage=(1, 2, 3, 4), timeout_minutes=3),
     optim=OptimConfig(
         lr=3e-7, schedule="wsd", min_lr=1e-8, warmup_steps=2, decay_steps=4, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.2,
-        no_decay=("embed", "lm_head"), clip_grad=None, max_skips=5, overlap_grad_reduce=True,
+        no_decay=("embed", "lm_head"), clip_grad=None, max_skips=5, overlap_grad_reduce=True, offload=True,
     ),
     checkpoint=CheckpointConfig(
         every=3, keep_last=2, keep_every=6, asynchronous=False, resume="no", stop_at=2_000_000_000, requeue_file="again", export=True

@@ -61,7 +61,7 @@ class Line(NamedTuple):
     place: dict[str, int]
     layers: str
     parameters: int
-    gibibytes: tuple[float, ...]  # of weights, gradients, optimizer
+    gibibytes: tuple[float, ...]  # of weights, gradients, optimizer; and in the host's memory
     micro_batches: int
 
 
@@ -75,7 +75,8 @@ def rehearse(name: str) -> list[Line]:
     done = python(TOOL, str(ROOT / "configs" / f"{name}.py"), *overrides, "--world", str(world), "--ranks", ",".join(map(str, ranks)))
     assert (done.returncode, done.stderr) == (0, "")
     header, *rows = done.stdout.splitlines()
-    assert header.split() == ["rank", "place", "layers", "parameters", "weights", "gradients", "optimizer", "micro-batches", "seconds"]
+    names = ("rank", "place", "layers", "parameters", "weights", "gradients", "optimizer", "host", "micro-batches", "seconds")
+    assert tuple(header.split()) == names
     lines = []
     for row in rows:
         rank, *words = row.replace("·", "").split()
@@ -151,7 +152,7 @@ def test_a_reference_of_its_own_counts() -> None:
     large = [str(ROOT / "configs" / "tiny_dpo.py"), f"model.path={ROOT / 'configs' / 'models' / 'qwen2.5-7b'}"]
     rows = [python(TOOL, *large, *more, "--world", "1", "--ranks", "0") for more in ((), ("reference.kind=uniform",))]
     assert [(done.returncode, done.stderr) for done in rows] == [(0, "")] * 2
-    both, alone = (float(done.stdout.splitlines()[1].split()[-5][:-1]) for done in rows)
+    both, alone = (float(done.stdout.splitlines()[1].split()[-6][:-1]) for done in rows)
     assert both == pytest.approx(2 * alone, rel=0.02)
 
 
@@ -185,7 +186,7 @@ def test_dry_run(name: str) -> None:
         # are padded, so a little more.
         weight, full = DTYPES[cfg.model.dtype].itemsize, max(4, DTYPES[cfg.model.dtype].itemsize)
         optimizer = (2 * full + full * (weight < full)) / (dp * p.cp)
-        expected = [count * each / 2**30 for count, each in ((base + low, weight), (trained, full), (trained, optimizer))]
+        expected = [count * each / 2**30 for count, each in ((base + low, weight), (trained, full), (trained, optimizer), (0, 0))]
         if shape.quantization is not None:
             expected[0] -= saved_by_4_bits(rows_of(name, pp), p.tp, line.place["tp"], weight) / 2**30
         assert line.gibibytes == pytest.approx(expected, rel=0.01, abs=0.006)
