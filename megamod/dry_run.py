@@ -58,7 +58,8 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
         grid = grids.start(cfg.parallel, shape, cfg.seed, device=torch.device("meta"))
         count = grids.check_rows(cfg, shape, world)
         plan = Plan.of(cfg.lora, shape) if cfg.lora is not None else None
-        optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)), grid.device)
+        trained = list(plan.tensors(shape) if plan is not None else hf_shapes(shape))
+        optim.check(cfg.optim, trained, grid.device, grid.dp_cp.size)
         chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
         items: Sequence[Placed] = placed(chunks, shape, grid.tp.size, grid.tp.rank)
         if plan is not None:

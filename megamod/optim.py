@@ -175,10 +175,16 @@ class Optimizer:
         self.publish()
 
 
-def check(cfg: OptimConfig, names: Sequence[str], device: torch.device) -> None:
-    """Refuse a pattern of `no_decay` that matches none of the trained tensors' `names`, and what `device` cannot. Raises MegamodError."""
+def check(cfg: OptimConfig, names: Sequence[str], device: torch.device, ranks: int) -> None:
+    """Refuse what cannot act in a run that trains tensors of these `names` on `device`, its gradients shared by `ranks` of dp × cp.
+
+    Raises:
+        MegamodError: one line.
+    """
     if cfg.offload and device.type == "cpu":
         raise MegamodError("optim.offload: masters and moments go from a GPU to host memory, and here they are there already: leave it out")
+    if cfg.overlap_grad_reduce and ranks == 1:
+        raise MegamodError("optim.overlap_grad_reduce: dp × cp is 1, and there is nobody to reduce gradients with: leave it out")
     for pattern in cfg.no_decay:
         try:
             found = any(re.search(pattern, name) for name in names)

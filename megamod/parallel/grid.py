@@ -56,6 +56,7 @@ class Grid:
     base_shards: Axis | None  # of dp × cp, when each rank keeps a slice of the frozen base that all of them need; else None
     vpp: int  # model chunks per pipeline rank
     sp: bool
+    tp_comm_overlap: bool  # whether linears send to tp's ranks while they multiply
     layers_per_stage: tuple[int, ...]  # decoder layers of the pp × vpp stages, in pipeline order
     device: torch.device
     groups: ProcessGroupCollection
@@ -230,6 +231,7 @@ def start(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.devi
         base_shards=dp_cp if cfg.shard_base else None,
         vpp=cfg.vpp,
         sp=cfg.sp,
+        tp_comm_overlap=cfg.tp_comm_overlap,
         layers_per_stage=split,
         device=device,
         groups=groups,

@@ -1,9 +1,12 @@
-"""Masters and moments in host memory: the same steps as beside the weights. Here both are the processor's memory; copies are copies."""
+"""Switches of large runs. Masters and moments in host memory: the same steps as beside the weights (here both are the processor's memory,
+and copies are copies). What of the others can be known without the GPUs that they are for: who reads them, what is refused."""
 
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import distributed
 import parity
@@ -13,8 +16,10 @@ import torch
 from parity import Case, Run
 
 from megamod import checkpoint, optim
-from megamod.config import OptimConfig, ParallelConfig
+from megamod.config import ModelConfig, OptimConfig, ParallelConfig
 from megamod.errors import MegamodError
+from megamod.model.backends import overlap_tp
+from megamod.model.build import transformer_config
 from megamod.optim import KINDS
 from megamod.parallel.grid import Grid, started
 
@@ -105,6 +110,40 @@ def test_a_checkpoint_goes_on_either_way(tmp_path: Path) -> None:
         assert max(errors) <= 1e-13
 
 
-def test_without_a_gpu_there_is_nothing_to_offload() -> None:
+def test_what_cannot_act_is_refused() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
     with pytest.raises(MegamodError, match=re.escape("optim.offload: masters and moments go from a GPU to host memory, and here they are")):
-        optim.check(OFFLOADED, ["model.norm.weight"], torch.device("cpu"))
+        optim.check(OFFLOADED, ["model.norm.weight"], cpu, 2)
+    with pytest.raises(MegamodError, match=r"^optim\.overlap_grad_reduce: dp × cp is 1, and there is nobody to reduce gradients with"):
+        optim.check(OptimConfig(overlap_grad_reduce=True), ["model.norm.weight"], cpu, 1)
+    optim.check(replace(OFFLOADED, overlap_grad_reduce=True), ["model.norm.weight"], meta, 2)
+
+
+def test_tp_overlap_is_handed_to_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its buffers are for, and the one value of megatron-core's that its linears read. It has never run."""
+    asked: list[dict[str, object]] = []
+    base = ModuleType("transformer_engine.pytorch.module.base")
+    base.initialize_ub = lambda **keywords: asked.append(keywords)  # type: ignore[attr-defined]
+    for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.module"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    overlap_tp(4096, 8192, 8, torch.device("cuda"))
+    assert asked == [{"shape": [4096, 8192], "tp_size": 8, "bootstrap_backend": "nccl"}]
+    with pytest.raises(MegamodError, match=r"^parallel\.tp_comm_overlap needs GPUs: leave it out"):
+        overlap_tp(4096, 8192, 8, torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, base.__name__, None)
+    with pytest.raises(MegamodError, match=r"^parallel\.tp_comm_overlap: transformer_engine cannot be imported"):
+        overlap_tp(4096, 8192, 8, torch.device("cuda"))
+
+
+def tp_comm_overlap() -> list[bool]:
+    """As megatron-core's linears find it, without and with the switch."""
+    found = []
+    for switch in (False, True):
+        with started(ParallelConfig(tp=2, sp=True, tp_comm_overlap=switch), tiny.shape("qwen2")) as grid:
+            found.append(transformer_config(ModelConfig(path=""), tiny.shape("qwen2"), grid, False).tp_comm_overlap)
+    return found
+
+
+def test_tp_overlap_reaches_megatron_core() -> None:
+    assert distributed.run(2, tp_comm_overlap) == [[False, True]] * 2
