@@ -5,7 +5,8 @@
 #   NOW           seconds since the epoch, on the node that asks; MAX_SKEW (120) more or less are none
 #   MIN_DISK_GIB  (20) must be free where the run writes; a checkpoint of 72B weights, masters and moments, takes 800
 #   MAX_GPU_MIB   (2048) of a GPU may be in use before: more is somebody else's process, or one that did not end
-#   SYS           (/sys) where the kernel says which InfiniBand ports are up
+#   MIN_MEMORY    (50) percent of the node's memory must be available: less is what earlier jobs have left in /dev/shm, or somebody's
+#   SYS, PROC     (/sys, /proc) where the kernel says which InfiniBand ports are up, and how much memory is available
 set -uo pipefail
 node=${SLURMD_NODENAME:-$(hostname -s)}
 status=0
@@ -33,6 +34,8 @@ if [ "${GPUS:-0}" -gt 0 ]; then
             [[ $failure =~ ^(1|Yes) ]] && wrong "GPU $gpu: a row of its memory could not be remapped"
         done <<<"$rows"
     fi
+    memory=$(awk '/^MemTotal:/ { all = $2 } /^MemAvailable:/ { print int(100 * $2 / all) }' "${PROC:-/proc}/meminfo")
+    [ "${memory:-0}" -ge "${MIN_MEMORY:-50}" ] || wrong "${memory:-0} % of its memory are available, ${MIN_MEMORY:-50} were expected"
     # Those of NVIDIA's Xid errors after which a GPU is of no use until it is reset: double-bit ECC, remapping, NVLink, lost, GSP. The
     # kernel's log may be closed to users; then it is not asked.
     kernel=$(journalctl --dmesg --quiet --no-pager --since=-24h 2>/dev/null) || kernel=$(dmesg 2>/dev/null) || kernel=

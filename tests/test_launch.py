@@ -56,7 +56,7 @@ def sbatch(cluster: Path, run: str, *arguments: str, **environment: str) -> subp
     if not (cluster / "root").exists():
         (cluster / "root").mkdir()
         (cluster / "root" / "launch").symlink_to(ROOT / "launch")
-    job |= {"MIN_DISK_GIB": "0", "SYS": str(cluster)}  # this machine's are not what is tested
+    job |= {"MIN_DISK_GIB": "0", "MIN_MEMORY": "0", "SYS": str(cluster)}  # this machine's are not what is tested
     env = {**os.environ, **job, "PATH": f"{cluster}:{os.environ['PATH']}", "RUN": run, **environment}
     return subprocess.run(["bash", str(ROOT / "launch" / "slurm.sbatch"), *arguments], env=env, capture_output=True, text=True, check=False)
 
@@ -148,6 +148,8 @@ def adapter(sys: Path, name: str, *states: str) -> None:
 def health(cluster: Path, **environment: str) -> tuple[int, list[str]]:
     """The exit status of launch/health.sh on node1, and its lines."""
     own = {"SLURMD_NODENAME": "node1", "GPUS": "8", "SYS": str(cluster / "sys"), "CUDA_VISIBLE_DEVICES": "", "MIN_DISK_GIB": "0"}
+    (cluster / "meminfo").write_text("MemTotal:  2000 kB\nMemFree:  10 kB\nMemAvailable:  1500 kB\n")
+    own["PROC"] = str(cluster)
     env = {**os.environ, **own, "PATH": f"{cluster}:{os.environ['PATH']}", **environment}
     command = ["bash", str(ROOT / "launch" / "health.sh"), str(cluster / "not" / "yet")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -168,6 +170,7 @@ def health(cluster: Path, **environment: str) -> tuple[int, list[str]]:
             {"KERNEL": "NVRM: Xid (PCI:0000:3b:00): 79, pid=7, GPU has fallen off the bus."},
             "the kernel's log has Xid (PCI:0000:3b:00): 79",
         ),
+        ({"MIN_MEMORY": "80"}, "75 % of its memory are available, 80 were expected"),
         ({"NOW": "1000000"}, "its clock is off by "),
         ({"MIN_DISK_GIB": "9999999"}, "GiB are free, 9999999 were expected"),
         ({"NCCL_IB_HCA": "mlx5_1,mlx5_2:1"}, "mlx5_2: none of its ports is active: 1: DOWN; NCCL_IB_HCA says which are meant"),
@@ -203,7 +206,15 @@ def test_what_is_not_wrong_with_a_node(cluster: Path, environment: dict[str, str
 
 
 def test_a_node_of_ones_own_is_looked_at(cluster: Path) -> None:
-    env = {**os.environ, "PATH": f"{cluster}:{os.environ['PATH']}", "NPROC": "8", "MIN_DISK_GIB": "0", "RUN": "true", "SYS": str(cluster)}
+    env = {
+        **os.environ,
+        "PATH": f"{cluster}:{os.environ['PATH']}",
+        "NPROC": "8",
+        "MIN_DISK_GIB": "0",
+        "MIN_MEMORY": "0",
+        "RUN": "true",
+        "SYS": str(cluster),
+    }
     env |= {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURMD_NODENAME": "node1"}
     command = ["bash", str(ROOT / "launch" / "node.sh"), "configs/x.py"]
     done = subprocess.run(command, env={**env, "node1": "lost 3"}, capture_output=True, text=True, check=False)

@@ -172,8 +172,8 @@ class ShardedWeight(nn.Module, Compact):
         """Of one of its tensors read what is in this rank's slice."""
         first = piece.row * self.shape[1]
         low, high = (min(max(n - first, 0), piece.numel) for n in (self.slices.start, self.slices.stop))
-        for start, _, box in boxes(piece, low, high):
-            self.slices.keep(first + start, source.read(piece.hf, *box).flatten())
+        read = [source.read(piece.hf, *box).flatten() for _, _, box in boxes(piece, low, high)]
+        self.slices.keep(first + low, torch.cat(read) if read else self.slices.own[:0])  # also of nothing: all forget what they had
 
 
 def size_of(pieces: Sequence[Piece]) -> torch.Size:
