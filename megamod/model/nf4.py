@@ -3,7 +3,8 @@
 A rank keeps its share of each Hugging Face tensor as bitsandbytes would: codes of 4 bits, and for each block the largest number, which
 is a number of the *whole* tensor's block. A cut may fall inside a block; the values stay those of a single process. Nothing else is
 kept: a weight is made dense, in one buffer that all of a model's weights share, when it is multiplied with, once in a forward and once in
-the backward pass (DoRA's norm asks for it once more), and what autograd remembers of it are the codes.
+the backward pass (DoRA's norm asks for it once more), and what autograd remembers of it are the codes. All bytes of a fused weight lie
+one after the other, so that ranks may keep slices of them (model.shards), and one gather brings them together.
 """
 
 import math
