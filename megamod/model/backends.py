@@ -167,3 +167,20 @@ def linears(name: str, device: torch.device) -> tuple[type, type]:
     except (ImportError, OSError) as error:
         raise MegamodError(f"model.linear = 'transformer_engine': it cannot be imported ({error}): use 'megatron'") from None
     return TEColumnParallelLinear, TERowParallelLinear
+
+
+def overlap_tp(tokens: int, hidden: int, tp: int, device: torch.device) -> None:
+    """Give TransformerEngine the buffers through which its linears send `[tokens, hidden]` to `tp` ranks while they multiply.
+
+    Never run. Its own groups are of `tp` consecutive ranks, as the grid's are.
+
+    Raises:
+        MegamodError: it cannot be had.
+    """
+    if device.type != "cuda":
+        raise MegamodError("parallel.tp_comm_overlap needs GPUs: leave it out")
+    try:
+        from transformer_engine.pytorch.module.base import initialize_ub
+    except (ImportError, OSError) as error:
+        raise MegamodError(f"parallel.tp_comm_overlap: transformer_engine cannot be imported ({error}): leave it out") from None
+    initialize_ub(shape=[tokens, hidden], tp_size=tp, bootstrap_backend="nccl")

@@ -123,6 +123,7 @@ def transformer_config(cfg: ModelConfig, shape: Shape, grid: Grid, deterministic
             pipeline_model_parallel_layout=stages if grid.pp.size > 1 else None,
             context_parallel_size=grid.cp.size,
             sequence_parallel=grid.sp,
+            tp_comm_overlap=grid.tp_comm_overlap,  # read by TransformerEngine's linears alone
             # Interleaved stages send both ways at once. Batched, that deadlocks or, on gloo with two stages, mixes up messages
             # without an error; overlapped, each message has its own request. On meta tensors nothing can be batched.
             overlap_p2p_comm=grid.vpp > 1,
