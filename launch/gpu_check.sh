@@ -22,6 +22,8 @@ check() {
     python kernels/bench.py packing || status=$?
     python kernels/bench.py lora || status=$?
     python kernels/bench.py nf4 || status=$?
+    python kernels/bench.py rmsnorm || status=$?
+    python kernels/bench.py swiglu || status=$?
     python tools/bench_context.py --shape configs/models/smollm2-135m --cp 1 || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check_lora.py || status=$?
