@@ -175,7 +175,7 @@ def test_activations_are_those_that_ranks_save(grid: str) -> None:
 
 
 def test_what_fused_kernels_leave_out() -> None:
-    """On a GPU the attention's output is kept once: of a layer, by hand (Korthikanti et al. 2022), SwiGLU's silu and copy of up left out."""
+    """On a GPU the attention's output is kept once: of a layer, by hand (Korthikanti et al. 2022), and SwiGLU's input alone."""
     cfg, _ = loaded("moderation_7b", "model.recompute=none", "data.row_length=4096", "parallel.tp=1", "parallel.sp=false")
     shape = read_shape(CONFIGS / "models" / "qwen2.5-7b")
     t, c, q, kv, f = 4096, 3584, 3584, 512, 18944

@@ -43,8 +43,8 @@ def _grad_ref(gate_up: Tensor, dy: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     dx = torch.empty_like(gate_up)
     d_gate, d_up = dx.chunk(2, -1)
-    d_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-    d_up.copy_(dy * F.silu(gate))
+    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
+    torch.mul(dy, F.silu(gate), out=d_up)
     return dx
 
 
