@@ -30,6 +30,7 @@ from megamod.weights.quantization import Quantization
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen_attn", "reference"]
 Linear = Literal["megatron", "transformer_engine"]
+Fusion = Literal["auto", "triton", "reference"]
 Dtype = Literal["bfloat16", "float32", "float64"]
 InitLora = Literal["default", "gaussian", "pissa"]
 ReferenceKind = Literal["start", "base", "adapter", "model", "stored", "uniform"]
@@ -67,6 +68,7 @@ class ModelConfig:
     recompute_modules: tuple[str, ...] | None = None  # selective: core_attn, mlp or both; None: core_attn
     attention: Attention = "auto"
     linear: Linear = "megatron"
+    fusion: Fusion = "auto"  # RMSNorm with the residual's addition, SwiGLU: Triton's kernels, or torch's operations, which keep as little
     score: Score | None = None  # a head of scores in the vocabulary's place; None: what path's own config.json says
     quantization: Quantization | None = None  # QLoRA: the frozen base in 4 bits; None: as path has it
 

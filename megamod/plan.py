@@ -353,8 +353,7 @@ def saved(cfg: RunConfig, model: Model, layers: Iterable[int], *, first: bool, l
     Args:
         layers: their numbers, from 0.
         first, last: whether the embedding comes before them, the last norm after them. What the head keeps is `head_bytes`.
-        fused: as on a GPU. False: as the references on a CPU in float32, whose norm keeps what it has normalised, and whose attention
-            makes an output for each document and then one of all.
+        fused: attention as on a GPU. False: as the reference's, which makes an output for each document and then one of all.
     """
     shape = model.shape
     n, e = Tokens.of(cfg, shape), DTYPES[cfg.model.dtype].itemsize
@@ -363,7 +362,7 @@ def saved(cfg: RunConfig, model: Model, layers: Iterable[int], *, first: bool, l
     if first and cfg.lora is None:
         total += 8 * n.rank
     if last:
-        total += n.split * shape.hidden * e + _norm(cfg, n.split, shape.hidden, 1, fused)
+        total += n.split * shape.hidden * e + _norm(cfg, n.split)
     if not _recomputes(cfg, "core_attn"):
         total += _tables(cfg, shape)
     return total
@@ -380,10 +379,9 @@ def _recomputes(cfg: RunConfig, module: str) -> bool:
     return m.recompute == "full" or (m.recompute == "selective" and module in (m.recompute_modules or ("core_attn",)))
 
 
-def _norm(cfg: RunConfig, tokens: int, width: int, heads: int, fused: bool) -> int:
-    """What an RMSNorm keeps beside its input: a number for each, and unfused what its weight multiplies, if that is trained."""
-    e = DTYPES[cfg.model.dtype].itemsize
-    return tokens * heads * max(4, e) + (0 if fused or cfg.lora is not None else tokens * width * e)
+def _norm(cfg: RunConfig, rows: int) -> int:
+    """What an RMSNorm keeps beside its input: a number for each row of it."""
+    return rows * max(4, DTYPES[cfg.model.dtype].itemsize)
 
 
 def _layer(cfg: RunConfig, model: Model, ranks: Sequence[int] | None, fused: bool) -> int:
@@ -403,9 +401,9 @@ def _layer(cfg: RunConfig, model: Model, ranks: Sequence[int] | None, fused: boo
 
     of_linears = [(True, 0)] * len(LINEARS) if ranks is None else [beside(*pair) for pair in zip(ranks, outputs, strict=True)]
     (qkv, low_qkv), (proj, low_proj), (fc1, low_fc1), (fc2, low_fc2) = of_linears
-    total = hidden + _norm(cfg, n.split, shape.hidden, 1, fused) + hidden * qkv + low_qkv
+    total = hidden + _norm(cfg, n.split) + hidden * qkv + low_qkv
     if shape.qk_norm:
-        total += q + 2 * kv + _norm(cfg, n.rank, heads * d, heads, fused) + _norm(cfg, n.rank, kv_heads * d, kv_heads, fused)
+        total += q + 2 * kv + _norm(cfg, n.rank * (heads + kv_heads))
     in_place = q + kv if shape.qk_norm else q + 2 * kv  # v stays where the projection wrote it
     if _recomputes(cfg, "core_attn"):
         total += in_place + q * proj
@@ -414,11 +412,10 @@ def _layer(cfg: RunConfig, model: Model, ranks: Sequence[int] | None, fused: boo
         exchanged = q + 2 * kv * repeats * n.gather
         total += (in_place if p.cp == 1 else exchanged) + n.rank * heads * max(4, e)  # and the log-sum-exp
         total += q * (1 + (proj and (n.ulysses > 1 or not fused)))
-    total += low_proj + hidden + _norm(cfg, n.split, shape.hidden, 1, fused)
+    total += low_proj + hidden + _norm(cfg, n.split)
     if _recomputes(cfg, "mlp"):
         return total + hidden
-    # gate and up; silu(gate); up plus megatron-core's offset; their product, where it is kept
-    return total + hidden * fc1 + low_fc1 + 4 * ffn + ffn * fc2 + low_fc2
+    return total + hidden * fc1 + low_fc1 + 2 * ffn + ffn * fc2 + low_fc2  # gate and up; their product, where it is kept
 
 
 def head_bytes(cfg: RunConfig, shape: Shape, labelled: float) -> int:
@@ -439,7 +436,7 @@ def working_bytes(cfg: RunConfig, model: Model) -> int:
     again = 0
     if cfg.model.recompute != "none":
         again = _layer(_without_recompute(cfg), model, ranks, True) - _layer(cfg, model, ranks, True)
-    gradients = (4 * shape.ffn // p.tp * n.rank + 3 * n.rank * shape.hidden) * e
+    gradients = (3 * shape.ffn // p.tp * n.rank + 3 * n.rank * shape.hidden) * e
     largest = 2 * shape.ffn // p.tp * shape.hidden * e if cfg.lora is None else 0  # a weight's gradient before it is added
     gathered = 2 * n.rank * shape.hidden * e if p.sp else 0
     exchanged = 2 * (shape.heads + 2 * shape.kv_heads) // p.tp * shape.head_dim * n.rank * e if p.cp > 1 else 0

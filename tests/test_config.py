@@ -39,7 +39,7 @@ FULL = """RunConfig(
     steps=9,
     model=ModelConfig(
         path="/m", shape="/s", init="random", dtype="float64", recompute="selective", recompute_modules=("mlp", "core_attn"),
-        attention="reference", linear="transformer_engine",
+        attention="reference", linear="transformer_engine", fusion="reference",
     ),
     data=DataConfig(
         train=SyntheticData(6, 50, 0.25, 0.5, True), row_length=128, rows_per_step=16, rows_per_micro_batch=2,

@@ -266,6 +266,7 @@ IMPOSSIBLE = [
         (4, "0"),
         "model.attention = 'flash_attn' needs a GPU and bfloat16, this is meta in float32: use 'auto' or 'reference'",
     ),
+    ("tiny", ("model.fusion=triton",), (4, "0"), "model.fusion = 'triton' needs a GPU and triton, this is meta: use 'auto' or 'reference'"),
 ]
 
 
