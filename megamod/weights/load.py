@@ -55,14 +55,8 @@ class OfDirectories(Protocol):
 
 
 @runtime_checkable
-class InFiles(Protocol):
+class InFiles(Source, Protocol):
     """A Source that knows where its numbers lie."""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor: ...
 
     def extents(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[Extent] | None:
         """A box's bytes in the order of its numbers; None: they lie scattered."""
