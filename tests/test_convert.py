@@ -338,7 +338,7 @@ def test_a_conversion_that_fails_anywhere_goes_on(back: bool, tmp_path: Path) ->
     source = directory(tmp_path / "hf", "qwen3")
     hf_to_mcore(source, tmp_path / "mcore", shard_bytes=20_000)
     act = partial(mcore_to_hf, tmp_path / "mcore") if back else partial(hf_to_mcore, source)
-    act = partial(act, shard_bytes=20_000, jobs=1)
+    act = partial(act, shard_bytes=20_000, jobs=1)  # of which two are in work
     put, writes, left, kept, faults = convert.Sink._see, 0, 0, 0, 0
 
     def counted(sink: convert.Sink, data: Any) -> None:

@@ -2,8 +2,9 @@
 
 What is written is a list of files, each of them tensors, each of these boxes of a source's tensors one after the other. What lies in one
 piece in a source's file, in the same dtype, the kernel copies from file to file; the rest is read and converted BLOCK bytes at a time.
-Whatever the model's size, memory holds a few blocks. Several files are written at a time, so that one is read while another is written.
-A file gets its name when it is whole and synced, and the directory its own when all are; after a kill the same command goes on.
+Whatever the model's size, memory holds a few blocks. Several files are in work at a time: one is read while another is written and a
+third waits for the disk. A file gets its name when it is whole and synced, and the directory its own when all are; after a kill the same
+command goes on.
 """
 
 import argparse
@@ -349,7 +350,7 @@ def _write_all(
     state = next(at / STATE for at in (directory, directory.parent) if (at / STATE).is_dir())
     done = {file: record for file in files if (record := _recorded(state / f"{file}.json", directory / file)) is not None}
     size = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in files.items()}
-    stop = threading.Event()
+    stop, copying = threading.Event(), threading.Semaphore(jobs)  # of the files that are whole, as many more wait for the disk meanwhile
     with tqdm(total=sum(size.values()), desc=doing, unit="B", unit_scale=True, delay=3, mininterval=3) as progress:
         progress.update(sum(size[file] for file in done))
         numbers = _Numbers(source, stop, progress.update)
@@ -357,7 +358,7 @@ def _write_all(
         def one(file: str) -> Record:
             tensors = files[file]
             draft = directory / f".{file}.tmp"
-            with draft.open("wb", buffering=0) as opened:
+            with copying, draft.open("wb", buffering=0) as opened:
                 sink = Sink(opened, hashlib.sha256() if sums else None)
                 record = {**write[file](sink, tensors, numbers), "sha256": sink.digest(), "bytes": sink.tell()}
             finish(draft)
@@ -366,7 +367,7 @@ def _write_all(
             replace_text(state / f"{file}.json", json.dumps(record))
             return record
 
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(2 * jobs) as pool:
             futures = {file: pool.submit(one, file) for file in files if file not in done}
             try:
                 wait(futures.values(), return_when=FIRST_EXCEPTION)
