@@ -61,7 +61,7 @@ def compared(case: Case) -> tuple[float, bool, list[float], list[float]]:
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2, sp=True)], ids=["dp", "tp"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 2e-4), ("bfloat16", 1e-2)])
 def test_steps_are_the_same(parallel: ParallelConfig, dtype: str, tolerance: float) -> None:
     """As near as torch's two AdamWs, one element at a time or one operation, round alike."""
     for off, is_own, norms, others in distributed.run(2, compared, Case("qwen2", parallel, dtype=dtype)):
