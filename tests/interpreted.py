@@ -3,6 +3,7 @@
 And what tests of kernels have in common: fences around results, errors beside the reference's own, code for a GPU that is not there.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,22 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 Results = dict[str, list[str]]  # check → what was wrong
+
+
+def name_of(*parts: Any) -> str:
+    """What a check is called: its case's name and what else it is given."""
+    return " ".join(getattr(part, "name", str(part).removeprefix("torch.")) for part in parts)
+
+
+def bench_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """kernels/bench.py as a module."""
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "kernels" / "bench.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench", module)  # dataclasses look their module up
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_interpreted(file: str, names: list[str]) -> Results:
@@ -45,7 +62,8 @@ def fenced(wrong: list[str]) -> Iterator[None]:
             return plain(x, *size, **other)
         shape: Sequence[int] = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         whole = plain(x, math.prod(shape) + 10_000, **other).fill_(77)
-        whole[: math.prod(shape)] = math.nan  # what is not written shows
+        if whole.is_floating_point():
+            whole[: math.prod(shape)] = math.nan  # what is not written, or multiplied by zero, shows
         fences.append(whole[math.prod(shape) :])
         return whole[: math.prod(shape)].view(shape)
 
@@ -74,8 +92,11 @@ def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapp
     return wrong
 
 
-def compiled_for_hopper(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], **options: int) -> Any:
-    """A kernel's code for compute capability 9.0; of what a launch gives it, numbers are multiples of 16 and pointers of 16 bytes."""
+def compiled_for_hopper(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], *, fuse: bool = True, **options: int) -> Any:
+    """A kernel's code for compute capability 9.0; of what a launch gives it, numbers are multiples of 16 and pointers of 16 bytes.
+
+    fuse: whether a product and a sum may be rounded as one.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,4 +105,4 @@ def compiled_for_hopper(kernel: Any, types: Mapping[str, str], constants: Mappin
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     even = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True, **options})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": fuse, **options})

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import Results, compiled_for_hopper, errors, fenced, run_interpreted
+from interpreted import Results, compiled_for_hopper, errors, fenced, name_of, run_interpreted
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -81,10 +81,6 @@ def faults(case: RmsnormCase, dtype: torch.dtype, way: str, device: torch.device
     whole = [t.double() if t._base is None else t._base.double()[:, : case.heads] for t in given]
     exact, plain = (results(rmsnorm_ref, passed_on_ref, way, tensors) for tensors in (whole, given))
     return wrong + errors(found, exact, plain)
-
-
-def name_of(*parts: Any) -> str:
-    return " ".join(getattr(part, "name", str(part).removeprefix("torch.")) for part in parts)
 
 
 SMALL = [case for case in RMSNORM if not case.bench]

@@ -4,11 +4,9 @@ The kernels are interpreted in a child process, as test_kernel_packing.py says; 
 interpreter cuts fp32 to bf16 where a GPU rounds, so they run in fp16 there; on a GPU in both.
 """
 
-import importlib.util
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import Results, compiled_for_hopper, errors, fenced, run_interpreted
+from interpreted import Results, bench_module, compiled_for_hopper, errors, fenced, name_of, run_interpreted
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -52,10 +50,6 @@ def faults(case: SwigluCase, dtype: torch.dtype, device: torch.device = CPU) -> 
         found = results(swiglu, gate_up, dy)
     exact, plain = results(swiglu_ref, gate_up.double(), dy.double()), results(swiglu_ref, gate_up, dy)
     return wrong + errors(found, exact, plain)
-
-
-def name_of(*parts: Any) -> str:
-    return " ".join(getattr(part, "name", str(part).removeprefix("torch.")) for part in parts)
 
 
 SMALL = [case for case in SWIGLU if not case.bench]
@@ -143,14 +137,7 @@ def test_errors_are_one_line(wrong: Tensor) -> None:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """bench.py as a module."""
-    spec = importlib.util.spec_from_file_location("bench", Path(module.__file__).parents[1] / "bench.py")
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench", made)  # dataclasses look their module up
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec.loader.exec_module(made)
-    return made
+    return bench_module(monkeypatch)
 
 
 @pytest.mark.parametrize("kernel", ["rmsnorm", "swiglu"])
