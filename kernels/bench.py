@@ -15,7 +15,6 @@ that must be read and written, whoever moves more.
 """
 
 import argparse
-import importlib
 import json
 import logging
 import statistics
@@ -239,8 +238,8 @@ def bitsandbytes() -> Any:
 
 def rmsnorm_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
     eps = 1e-6
-    liger = liger_op(device, "rms_norm", "LigerRMSNormFunction")
-    with_residual = liger_op(device, "fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
+    ops_of_liger = liger_ops(device)
+    liger, with_residual = ops_of_liger.get("rmsnorm"), ops_of_liger.get("rmsnorm_residual")
     for case in (case for case in cases.RMSNORM if case.bench == bench and case.tokens):
         weight = torch.randn(case.channels, device=device).to(dtype)
         if case.heads:
@@ -259,7 +258,7 @@ def rmsnorm_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iter
 
 
 def swiglu_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
-    liger = liger_op(device, "swiglu", "LigerFusedGateUpSiLUMulFunction")
+    liger = liger_ops(device).get("swiglu")
     for case in (case for case in cases.SWIGLU if case.bench == bench and case.tokens):
         gate_up = torch.randn(case.tokens, 2 * case.ffn, device=device).to(dtype)
         one = case.numbers * dtype.itemsize
@@ -285,15 +284,21 @@ def both_ways(name: str, moved: tuple[int, int], inputs: Sequence[Tensor], kerne
     yield Task(f"{name} backward", moved[1], run, kernel, reference, others)
 
 
-def liger_op(device: torch.device, module: str, function: str) -> Op | None:
-    """An autograd function of Liger's, or None where it is not installed or cannot run."""
+def liger_ops(device: torch.device) -> Mapping[str, Op]:
+    """Autograd functions of Liger's by the names of ours; none where it is not installed, is another release or cannot run."""
     if device.type != "cuda":
-        return None
+        return {}
     try:
-        found: Op = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), function).apply
-    except (ImportError, AttributeError):  # absent, or of another release
-        return None
-    return found
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+    except ImportError:
+        return {}
+    return {
+        "rmsnorm": LigerRMSNormFunction.apply,
+        "rmsnorm_residual": LigerFusedAddRMSNormFunction.apply,
+        "swiglu": LigerFusedGateUpSiLUMulFunction.apply,
+    }
 
 
 KERNELS: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Task]]] = {

@@ -32,6 +32,15 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 MEGAMOD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$MEGAMOD_ROOT:$MEGAMOD_ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
+# Below which folder a run of these arguments writes, where they say it: for launch/health.sh.
+megamod_dir() {
+    local argument folder=.
+    for argument in "$@"; do
+        case $argument in dir=*) folder=${argument#dir=} ;; esac
+    done
+    echo "$folder"
+}
+
 # Make or reuse .venv with megamod and the extras given ("", "gguf", "test", "cuda"); then use it. MEGAMOD_NO_INSTALL=1: use what is
 # on PATH as it is.
 megamod_venv() {

@@ -9,11 +9,7 @@ if [ -z "${NPROC:-}" ]; then
     NPROC=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
 fi
 if [ "${HEALTH:-1}" != 0 ] && [ -n "${CUDA_VISIBLE_DEVICES-all}" ] && command -v nvidia-smi >/dev/null; then
-    folder=.
-    for argument in "$@"; do
-        case $argument in dir=*) folder=${argument#dir=} ;; esac
-    done
-    if ! unfit=$(GPUS=$NPROC bash "$MEGAMOD_ROOT/launch/health.sh" "$folder"); then
+    if ! unfit=$(GPUS=$NPROC bash "$MEGAMOD_ROOT/launch/health.sh" "$(megamod_dir "$@")"); then
         echo "megamod: error: ${unfit//$'\n'/; }; HEALTH=0 goes on all the same" >&2
         exit 1
     fi

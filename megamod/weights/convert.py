@@ -17,11 +17,12 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,8 @@ from megamod.files import finish, locked, replace_text, sync
 from megamod.model.shape import Shape, read_config, read_shape, score_from_json
 from megamod.weights import checksums, mcore, peft, torch_dist
 from megamod.weights.bitsandbytes import says_four_bits
-from megamod.weights.export import begin, refuse_taken, write_index
-from megamod.weights.load import DTYPES, Extent, InFiles, Safetensors, Source, check_keys, directories, verify
+from megamod.weights.export import begin, dealt, in_order, refuse_taken, write_index
+from megamod.weights.load import DTYPES, EMBEDDING, HEAD, Extent, InFiles, Safetensors, Source, check_keys, check_tied, directories, verify
 from megamod.weights.table import hf_shapes
 from megamod.weights.torch_dist import Entry, TorchDist
 
@@ -45,7 +46,6 @@ BLOCK = 1 << 22  # bytes that are read and converted at a time
 EXTENT = 1 << 25  # bytes that the kernel is asked to copy at a time
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' of dtypes
 STATE = ".converting"  # in a directory that is not whole: what is to be made, and of each file that is there what it holds
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPANIONS = "hf"  # in a checkpoint of Megatron-LM: config.json, tokenizer and so on
 
 
@@ -71,6 +71,7 @@ class Made:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+NBYTES = attrgetter("nbytes")
 Record = dict[str, Any]  # JSON: what is known of a file that was written
 
 
@@ -108,7 +109,7 @@ def hf_to_mcore(
         )
         for slab in slabs
     ]
-    shards = _shards(made, shard_bytes)
+    shards = dealt(made, NBYTES, shard_bytes)
     files = {f"__{i}_0.distcp": shard for i, shard in enumerate(shards)}
     plan = _plan(model, source, {"to": "mcore", "dtype": str(dtype), "shard_bytes": shard_bytes, "sums": sums})
     with _resumable(out, plan) as draft:
@@ -156,7 +157,7 @@ def mcore_to_hf(
     origin, shape, source, left_out = _checkpoint(path, model, sums)
     dtype = dtype or (_dtype_of(origin) if isinstance(source, checkpoint.Masters) else None)
     made = [Made(name, size, dtype or source.dtype(name), (_whole(name, size),)) for name, size in _in_order(hf_shapes(shape))]
-    shards = [sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)) for shard in _shards(made, shard_bytes)]
+    shards = [sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)) for shard in dealt(made, NBYTES, shard_bytes)]
     files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
     plan = _plan(path, source, {"to": "hf", "dtype": str(dtype), "shard_bytes": shard_bytes, "sums": sums, "model": str(origin.resolve())})
     with _resumable(out, plan) as draft:
@@ -224,9 +225,8 @@ def _hugging_face(model: Path, sums: bool) -> tuple[Shape, Source]:
     if sums:
         verify(source)
     if shape.tied and HEAD in source.shapes():
-        for box in _cut(_whole(EMBEDDING, source.shapes()[EMBEDDING]), 2):
-            if not torch.equal(source.read(*box), source.read(HEAD, *box[1:])):
-                raise MegamodError(f"{model}: config.json ties the embeddings, but {HEAD} differs from them")
+        for box in _cut(_whole(EMBEDDING, source.shapes()[EMBEDDING]), source.dtype(EMBEDDING).itemsize):
+            check_tied(source, box.offset, box.size, str(model))
     return shape, source
 
 
@@ -282,26 +282,7 @@ def _whole(name: str, size: tuple[int, ...]) -> Box:
 
 
 def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
-    """As they are used: the embedding, layer by layer, the rest."""
-
-    def place(name: str) -> tuple[int, int]:
-        parts = name.split(".")
-        return (1, int(parts[2])) if parts[1] == "layers" else (0 if "embed" in name else 2, 0)
-
-    return sorted(shapes.items(), key=lambda item: place(item[0]))
-
-
-def _shards(made: Iterable[Made], shard_bytes: int) -> list[list[Made]]:
-    """Tensors dealt to files in their order."""
-    shards: list[list[Made]] = [[]]
-    room = shard_bytes
-    for tensor in made:
-        if shards[-1] and tensor.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
+    return sorted(shapes.items(), key=lambda item: in_order(item[0]))
 
 
 # --- a directory that comes into being, and goes on doing so after a kill -----------------------------------------------------
