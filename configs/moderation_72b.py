@@ -1,8 +1,8 @@
-"""Full fine-tuning of Qwen2.5-72B as a moderation model on 128 GPUs: tp 8 · pp 4 · cp 2 · dp 2 with sequence parallelism.
+"""Full fine-tuning of Qwen2.5-72B as a moderation model on 64 GPUs of 80 GB: tp 8 · pp 4 · cp 2 with sequence parallelism.
 
-Tensor parallelism stays inside a node; the last stage has fewer layers, since it also holds the vocabulary's head.
+Tensor parallelism stays inside a node; the last stage has fewer layers, since it also holds the vocabulary's head. On 16 nodes dp is 2.
 
-    sbatch --nodes 16 launch/slurm.sbatch configs/moderation_72b.py model.path=/models/Qwen2.5-72B-Instruct data.train=train.jsonl
+    sbatch --nodes 8 launch/slurm.sbatch configs/moderation_72b.py model.path=/models/Qwen2.5-72B-Instruct data.train=train.jsonl
 """
 
 from dataclasses import replace

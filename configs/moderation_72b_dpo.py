@@ -1,6 +1,6 @@
-"""DPO on Qwen2.5-72B after configs/moderation_72b_lora.py, on the same 16 GPUs: the adapter of that run is trained on.
+"""DPO on Qwen2.5-72B after configs/moderation_72b_lora.py, on the same 8 GPUs: the adapter of that run is trained on.
 
-sbatch --nodes 2 launch/slurm.sbatch configs/moderation_72b_dpo.py model.path=/models/Qwen2.5-72B-Instruct data.train=pairs.jsonl \
+launch/node.sh configs/moderation_72b_dpo.py model.path=/models/Qwen2.5-72B-Instruct data.train=pairs.jsonl \
     lora.path=runs/moderation_72b_lora/peft/step-00001000
 
 The reference is that adapter as it is at first, frozen beside the one that is trained: 72B weights are in memory once. Without lora.path

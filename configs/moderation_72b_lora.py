@@ -1,6 +1,9 @@
-"""LoRA on Qwen2.5-72B as a moderation model on 16 GPUs of 80 GB: tp 8 inside each node, dp 2, with sequence parallelism.
+"""LoRA on Qwen2.5-72B as a moderation model on one node of 8 GPUs of 80 GB: tp 8 with sequence parallelism.
 
-sbatch --nodes 2 launch/slurm.sbatch configs/moderation_72b_lora.py model.path=/models/Qwen2.5-72B-Instruct data.train=train.jsonl
+launch/node.sh configs/moderation_72b_lora.py model.path=/models/Qwen2.5-72B-Instruct data.train=train.jsonl
+
+On several nodes (sbatch --nodes 2 launch/slurm.sbatch …) dp is their number. Or each GPU takes rows of its own and keeps an eighth of the
+frozen base: parallel.tp=1 parallel.sp=false parallel.shard_base=true.
 """
 
 from dataclasses import replace

@@ -2,7 +2,8 @@
 
 launch/node.sh configs/moderation_72b_qlora.py model.path=/models/Qwen2.5-72B-Instruct data.train=train.jsonl
 
-With parallel.tp=8 parallel.sp=true a GPU holds an eighth of the base, and activations of an eighth of a row, for longer rows.
+With parallel.shard_base=true a GPU keeps an eighth of the base, and gathers the rest as it goes. With parallel.tp=8 parallel.sp=true it
+holds an eighth, and activations of an eighth of a row, for longer rows.
 """
 
 from dataclasses import replace

@@ -3,6 +3,8 @@
 python kernels/bench.py packing                 beside the plain torch references and torch.compile's of these
 python kernels/bench.py lora                    beside peft's operations, and beside the frozen linear without adapters
 python kernels/bench.py nf4                     beside bitsandbytes, if it is installed, and the references
+python kernels/bench.py rmsnorm                 beside Liger's, if it is installed, the references and torch.compile's; so is swiglu
+python kernels/bench.py swiglu                  each way by itself: what a name calls backward is the backward alone
 python kernels/bench.py nf4 --device cpu        the CPU's own path beside bitsandbytes', with one thread and with all of torch's
 python kernels/bench.py lora --device cpu       a rehearsal of this program: tiny shapes, the references only, no kernel
 
@@ -29,10 +31,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps a script's folder off the path
 
-from megamod_kernels import cases, lora, nf4, packing
+from megamod_kernels import cases, lora, nf4, packing, rmsnorm, swiglu
 from megamod_kernels.cases import Nf4Case
 from megamod_kernels.lora import Dropout, Part
 from megamod_kernels.nf4 import Absmax, Lines, Shard
@@ -233,10 +236,77 @@ def bitsandbytes() -> Any:
     return found
 
 
+def rmsnorm_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
+    eps = 1e-6
+    ops_of_liger = liger_ops(device)
+    liger, with_residual = ops_of_liger.get("rmsnorm"), ops_of_liger.get("rmsnorm_residual")
+    for case in (case for case in cases.RMSNORM if case.bench == bench and case.tokens):
+        weight = torch.randn(case.channels, device=device).to(dtype)
+        if case.heads:
+            x, residual = torch.randn(case.tokens, case.heads + 2, case.channels, device=device).to(dtype)[:, : case.heads], None
+        else:
+            x, residual = torch.randn(2, case.tokens, case.channels, device=device).to(dtype)
+        one = case.numbers * dtype.itemsize
+        # Not into dy's memory, which is the same in every round.
+        theirs = None if liger is None else lambda x, weight: liger(x, weight, eps, 0.0, "llama", False)
+        ops = partial(rmsnorm.rmsnorm, eps=eps), partial(rmsnorm.rmsnorm_ref, eps=eps)
+        yield from both_ways(f"rmsnorm {case.name}", (2 * one, 3 * one), (x, weight), *ops, theirs)
+        if residual is not None:
+            theirs = None if with_residual is None else lambda x, residual, weight: with_residual(x, residual, weight, eps)
+            ops = partial(rmsnorm.rmsnorm_residual, eps=eps), partial(rmsnorm.rmsnorm_residual_ref, eps=eps)
+            yield from both_ways(f"with residual {case.name}", (4 * one, 4 * one), (x, residual, weight), *ops, theirs)
+
+
+def swiglu_tasks(device: torch.device, dtype: torch.dtype, bench: bool) -> Iterator[Task]:
+    liger = liger_ops(device).get("swiglu")
+    for case in (case for case in cases.SWIGLU if case.bench == bench and case.tokens):
+        gate_up = torch.randn(case.tokens, 2 * case.ffn, device=device).to(dtype)
+        one = case.numbers * dtype.itemsize
+        yield from both_ways(f"swiglu {case.name}", (3 * one, 5 * one), (gate_up,), swiglu.swiglu, swiglu.swiglu_ref, liger)
+
+
+def both_ways(name: str, moved: tuple[int, int], inputs: Sequence[Tensor], kernel: Op, reference: Op, liger: Op | None) -> Iterator[Task]:
+    """Forward, and of a graph that is kept the backward alone; `moved` by each."""
+    others: Mapping[str, Op] | None = None
+    if liger is not None:
+        others = {"liger": liger, "reference": reference, "compiled": torch.compile(reference, dynamic=False)}
+    yield Task(name, moved[0], forward(*inputs), kernel, reference, others)
+    leaves, made = [x.clone().requires_grad_() for x in inputs], dict[Op, Sequence[Tensor]]()
+    grads: list[Tensor] = []
+
+    def run(op: Op) -> Sequence[Tensor]:
+        if op not in made:
+            out = op(*leaves)
+            made[op] = [out] if isinstance(out, Tensor) else out
+            grads.extend(torch.randn_like(y) for y in made[op][len(grads) :])
+        return torch.autograd.grad(made[op], leaves, grads, retain_graph=True)
+
+    yield Task(f"{name} backward", moved[1], run, kernel, reference, others)
+
+
+def liger_ops(device: torch.device) -> Mapping[str, Op]:
+    """Autograd functions of Liger's by the names of ours; none where it is not installed, is another release or cannot run."""
+    if device.type != "cuda":
+        return {}
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+    except ImportError:
+        return {}
+    return {
+        "rmsnorm": LigerRMSNormFunction.apply,
+        "rmsnorm_residual": LigerFusedAddRMSNormFunction.apply,
+        "swiglu": LigerFusedGateUpSiLUMulFunction.apply,
+    }
+
+
 KERNELS: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Task]]] = {
     "packing": packing_tasks,
     "lora": lora_tasks,
     "nf4": nf4_tasks,
+    "rmsnorm": rmsnorm_tasks,
+    "swiglu": swiglu_tasks,
 }
 ON_CPU = ("nf4",)  # that have a path of their own there
 
@@ -262,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def on_gpu(kernel: str, device: torch.device) -> dict[str, Any]:
     """Kernel, reference and compiled reference, side by side."""
+    functorch_config.donated_buffer = False  # a compiled backward that is timed alone keeps what it needs again
     scratch = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
     source, target = torch.empty(2, COPY_BYTES, dtype=torch.uint8, device=device)
     (copy,) = turns([partial(target.copy_, source)], scratch)
@@ -387,6 +458,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "bitsandbytes": version("bitsandbytes"),
+        "liger-kernel": version("liger-kernel"),
         "cuda": torch.version.cuda,
     }
 

@@ -6,6 +6,17 @@ export PYTHONSAFEPATH=1
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # After SIGTERM to torchrun: seconds for the step at hand and its save before the ranks are killed (30 otherwise).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+# Where what ranks print is kept for each of them (LOGS), the console says whose line it is; torchrun's own prefix has local ranks.
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-'[${rank}] '}
+# NCCL says why a communicator could not be made or has failed; INFO says so much that nobody finds it.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# A link that goes down for some seconds must not end a hundred ranks: InfiniBand waits 4 µs × 2^22 for an answer, and asks seven times.
+export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
+# Which adapters and which interface are meant is for the site to say, in NCCL_IB_HCA (launch/health.sh looks at these) and
+# NCCL_SOCKET_IFNAME; both reach the ranks. Saves are agreed upon through gloo, which asks the node's name and so may take another network.
+if [ -e "/sys/class/net/${NCCL_SOCKET_IFNAME:-none}" ]; then
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}
+fi
 # Tensor parallelism overlaps communication with computation only if kernels start in the order they are issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # cuBLAS is deterministic only with a fixed workspace; needed by deterministic=true, harmless otherwise.
@@ -20,6 +31,15 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 # The repository's root, wherever the caller is; importable without an installation too.
 MEGAMOD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$MEGAMOD_ROOT:$MEGAMOD_ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
+
+# Below which folder a run of these arguments writes, where they say it: for launch/health.sh.
+megamod_dir() {
+    local argument folder=.
+    for argument in "$@"; do
+        case $argument in dir=*) folder=${argument#dir=} ;; esac
+    done
+    echo "$folder"
+}
 
 # Make or reuse .venv with megamod and the extras given ("", "gguf", "test", "cuda"); then use it. MEGAMOD_NO_INSTALL=1: use what is
 # on PATH as it is.

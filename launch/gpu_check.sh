@@ -22,13 +22,16 @@ check() {
     python kernels/bench.py packing || status=$?
     python kernels/bench.py lora || status=$?
     python kernels/bench.py nf4 || status=$?
+    python kernels/bench.py rmsnorm || status=$?
+    python kernels/bench.py swiglu || status=$?
     python tools/bench_context.py --shape configs/models/smollm2-135m --cp 1 || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check.py || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/gpu_check_lora.py || status=$?
     python -c 'import json, sys
-paths = json.load(open("runs/gpu_check_lora/run.json"))["adapters"]
+run = json.load(open("runs/gpu_check_lora/run.json"))
+paths = {**run["adapters"], "norms and SwiGLU": run["backends"]["fusion"]}
 slow = [name for name, path in paths.items() if path != "triton"]
-sys.exit(f"megamod: error: not by the fused kernel: {slow}" if slow or not paths else 0)' || status=$?
+sys.exit(f"megamod: error: not by the fused kernel: {slow}" if slow or not run["adapters"] else 0)' || status=$?
     # The 72B shape in 4 bits on one GPU; then a run with a base in 4 bits.
     python tools/bench_qlora.py --shape configs/models/qwen2.5-72b --tokens 8192 || status=$?
     python -m torch.distributed.run --standalone --nproc-per-node 1 -m megamod.train configs/tiny.py model.dtype=bfloat16 steps=4 lora.r=8 \

@@ -31,6 +31,7 @@ from megamod.weights.quantization import Quantization
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen_attn", "reference"]
 Linear = Literal["megatron", "transformer_engine"]
+Fusion = Literal["auto", "triton", "reference"]
 Dtype = Literal["bfloat16", "float32", "float64"]
 InitLora = Literal["default", "gaussian", "pissa"]
 ReferenceKind = Literal["start", "base", "adapter", "model", "stored", "uniform"]
@@ -48,6 +49,10 @@ class ParallelConfig:
     vpp: int = 1  # model chunks per pipeline rank: the interleaved schedule
     cp: int = 1  # context parallelism: Ulysses, sequence ↔ heads
     sp: bool = False  # Megatron's sequence parallelism: activations outside attention and MLP split over tp
+    # TransformerEngine's linears send to tp ranks while they multiply (`model.linear`, sp). Never run: it wants GPUs joined by NVLink.
+    tp_comm_overlap: bool = False
+    # ZeRO-3 for what is frozen: each rank of dp × cp keeps a slice of the base's linears beneath adapters, gathered when it is used.
+    shard_base: bool = False
     layers_per_stage: tuple[int, ...] | None = None  # an uneven split: pp × vpp numbers in pipeline order; None: even
     timeout_minutes: int = 30  # a collective that takes longer ends the run
 
@@ -64,6 +69,7 @@ class ModelConfig:
     recompute_modules: tuple[str, ...] | None = None  # selective: core_attn, mlp or both; None: core_attn
     attention: Attention = "auto"
     linear: Linear = "megatron"
+    fusion: Fusion = "auto"  # RMSNorm with the residual's addition, SwiGLU: Triton's kernels, or torch's operations, which keep as little
     score: Score | None = None  # a head of scores in the vocabulary's place; None: what path's own config.json says
     quantization: Quantization | None = None  # QLoRA: the frozen base in 4 bits; None: as path has it
 
@@ -197,6 +203,7 @@ class OptimConfig:
     clip_grad: float | None = 1.0  # the global norm that gradients are scaled down to; None: never
     max_skips: int = 3  # steps in a row whose loss or gradients are not finite, which change nothing; then the run ends
     overlap_grad_reduce: bool = False  # reduce gradients in buckets while the backward pass goes on
+    offload: bool = False  # masters and moments in host memory, where a processor updates them; OMP_NUM_THREADS says by how many threads
 
 
 @dataclass(frozen=True)
@@ -321,6 +328,13 @@ def check(cfg: RunConfig) -> None:
         ),
         (p.sp and p.tp == 1, "parallel.sp", "parallel.tp is 1"),
         (p.vpp > 1 and p.pp == 1, "parallel.vpp", "parallel.pp is 1"),
+        (
+            p.tp_comm_overlap and m.linear != "transformer_engine",
+            "parallel.tp_comm_overlap",
+            f"model.linear is {m.linear!r}, not 'transformer_engine'",
+        ),
+        (p.tp_comm_overlap and not p.sp, "parallel.tp_comm_overlap", "parallel.sp is False"),
+        (p.shard_base and cfg.lora is None, "parallel.shard_base", "lora is None, and no weight is frozen: set lora.r"),
         (p.layers_per_stage is not None and p.pp == 1, "parallel.layers_per_stage", "parallel.pp is 1"),
         (
             cfg.checkpoint.keep_every is not None and cfg.checkpoint.keep_last is None,
@@ -343,6 +357,11 @@ def check(cfg: RunConfig) -> None:
         raise MegamodError("model.quantization: weights in 4 bits are frozen, and nothing would be trained: set lora.r")
     if lora is not None and m.linear != "megatron":
         raise MegamodError(f"model.linear = {m.linear!r}: an adapted linear is multiplied with its adapter: use 'megatron'")
+    if p.tp_comm_overlap and cfg.eval is not None and cfg.data.rows_per_micro_batch > 1:
+        raise MegamodError(
+            "parallel.tp_comm_overlap: its buffers are for micro-batches of one size, and validation's have one row: set "
+            "data.rows_per_micro_batch=1"
+        )
     if (e := cfg.eval) is not None:
         unused += [
             (e.patience is not None and e.every is None, "eval.patience", "eval.every is None"),

@@ -21,7 +21,7 @@ from megamod.losses import needs_of
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Adapters, Plan
 from megamod.model.shape import Shape
-from megamod.optim import Optimizer
+from megamod.optim import KINDS, Optimizer
 from megamod.parallel import grid as grids
 from megamod.reference import is_copy
 from megamod.step import train_step
@@ -39,6 +39,7 @@ class DryRun:
     weight_bytes: int  # with a reference model's copy
     gradient_bytes: int
     optimizer_bytes: int  # masters (where they are copies) and moments, of this rank's share
+    host_bytes: int  # the same, and gradients, where these are in host memory instead
     micro_batches: int
     seconds: float
 
@@ -57,7 +58,8 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
         grid = grids.start(cfg.parallel, shape, cfg.seed, device=torch.device("meta"))
         count = grids.check_rows(cfg, shape, world)
         plan = Plan.of(cfg.lora, shape) if cfg.lora is not None else None
-        optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
+        trained = list(plan.tensors(shape) if plan is not None else hf_shapes(shape))
+        optim.check(cfg.optim, trained, grid.device, grid.dp_cp.size)
         chunks, _ = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
         items: Sequence[Placed] = placed(chunks, shape, grid.tp.size, grid.tp.rank)
         if plan is not None:
@@ -85,19 +87,22 @@ def dry_run(cfg: RunConfig, shape: Shape, world: int, rank: int) -> DryRun:
             batches = [replace(batch, answers=batch.alone(batch.reference)) for batch in batches]
         train_step(wrapped, batches, cfg.loss, grid)
         parameters, copied = ([p for chunk in part for p in chunk.parameters()] for part in (chunks, compared))
-        # What is in 4 bits, and the buffer in which each of it is made dense in its turn.
-        in_4_bits = [item.weight for item in frozen([*chunks, *compared], shape, grid.tp.size, grid.tp.rank)]
-        dense = max((weight.shape.numel() * weight.dtype.itemsize for weight in in_4_bits), default=0) * (2 if compared else 1)
-        copies = [s for s in optimizer.segments if s.master.dtype is not s.weight.dtype]
-        moments = sum(2 * s.master.numel() * s.master.element_size() for s in optimizer.segments)
+        # What is in 4 bits or in slices, and the buffers in which each of it is made dense in its turn.
+        compact = [item.weight for item in frozen([*chunks, *compared], shape, grid.tp.size, grid.tp.rank)]
+        dense = sum(buffer.nbytes for buffer in {buffer for weight in compact for buffer in weight.buffers_shared})
+        offload = cfg.optim.offload
+        copies = [s.master for s in optimizer.segments if offload or s.master.dtype is not s.weight.dtype]
+        moments = [optimizer.tensor(s, kind) for s in optimizer.segments for kind in KINDS[1:]]
+        state = sum(x.nbytes for x in (*copies, *moments))
         return DryRun(
             rank=rank,
             place=f"pp {grid.pp.rank} · dp {grid.dp.rank} · cp {grid.cp.rank} · tp {grid.tp.rank}",
             layers=tuple(len(chunk.decoder.layers) for chunk in chunks),
-            parameters=sum(p.numel() for p in parameters) + sum(weight.shape.numel() for weight in in_4_bits),
-            weight_bytes=sum(p.numel() * p.element_size() for p in (*parameters, *copied)) + sum(w.nbytes for w in in_4_bits) + dense,
+            parameters=sum(p.numel() for p in parameters) + sum(weight.shape.numel() for weight in compact),
+            weight_bytes=sum(p.numel() * p.element_size() for p in (*parameters, *copied)) + sum(w.nbytes for w in compact) + dense,
             gradient_bytes=sum(b.grad_data.numel() * b.grad_data.element_size() for chunk in wrapped for b in chunk.buffers),
-            optimizer_bytes=moments + sum(s.master.numel() * s.master.element_size() for s in copies),
+            optimizer_bytes=0 if offload else state,
+            host_bytes=state + sum(s.grad.nbytes for s in optimizer.segments) if offload else 0,
             micro_batches=count,
             seconds=time.perf_counter() - begin,
         )

@@ -23,6 +23,7 @@ from megamod.losses import needs_of
 from megamod.model.build import DTYPES
 from megamod.model.head import CHUNK_BYTES, KEPT_BYTES
 from megamod.model.lora import LINEARS
+from megamod.model.nf4 import aligned
 from megamod.model.shape import Shape
 from megamod.parallel.grid import check, check_rows, kv_repeats, ulysses_degree
 from megamod.reference import is_copy, place_of
@@ -49,6 +50,7 @@ class Hardware:
     link: float  # bytes a second that a GPU sends to the others of its node
     network: float  # bytes a second that a GPU sends to other nodes
     node: int = 8  # GPUs of a node
+    host: float = 10e9  # bytes a second that a rank's processor core reads and writes as it updates what is in host memory
     efficiency: float = 0.5  # of flops, over a step's matrix products and what lies between them
     reached: float = 0.7  # of bandwidth, link and network
     reserve: float = 0.08  # of the memory: CUDA's context, NCCL's buffers, what the allocator cannot use
@@ -126,12 +128,25 @@ class Parameter(NamedTuple):
     alone: bool = False  # in a bucket of its own: the embedding that two stages share
 
 
+class Kept(NamedTuple):
+    """A weight that is kept in 4 bits, or in slices, or both."""
+
+    numel: int
+    units: int  # of what is kept, and cut into slices
+    unit: int  # bytes: 1 of codes
+    in_4_bits: bool
+
+    def bytes(self, ranks: int) -> int:
+        """What each of `ranks` keeps."""
+        return -(-self.units // ranks) * self.unit
+
+
 class Chunk(NamedTuple):
     """What one virtual stage has."""
 
     layers: int
     parameters: tuple[Parameter, ...]  # in the module's order
-    in_4_bits: tuple[tuple[int, int], ...]  # of each weight in 4 bits: bytes, numbers
+    compact: tuple[Kept, ...]  # weights that are no parameters
 
 
 @dataclass(frozen=True)
@@ -141,14 +156,16 @@ class Held:
     layers: tuple[int, ...]  # of each of its chunks
     parameters: int
     trained: int
-    weight_bytes: int  # with a reference model's copy, and the buffer in which weights in 4 bits are made dense
+    weight_bytes: int  # with a reference model's copy, and the buffers in which weights in 4 bits, or in slices, are made dense
     gradient_bytes: int
     master_bytes: int  # where they are copies
     moment_bytes: int
+    gathered_bytes: int  # in each pass, from the slices of other ranks
+    host_bytes: int  # masters, moments and gradients, where these are in host memory
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """All of it, but for the host's."""
         return self.weight_bytes + self.gradient_bytes + self.master_bytes + self.moment_bytes
 
 
@@ -171,7 +188,8 @@ def held(cfg: RunConfig, model: Model, world: int, *, tp: int = 0, pp: int = 0, 
     p = cfg.parallel
     split, sharing = check(p, model.shape, world), world // (p.tp * p.pp)
     itemsize = DTYPES[cfg.model.dtype].itemsize
-    chunks = [_chunk(model, itemsize, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
+    ranks = sharing if p.shard_base else 1
+    chunks = [_chunk(model, itemsize, p.tp, tp, split, number, p.shard_base) for number in range(pp, len(split), p.pp)]
     bucket = max(40_000_000, 1_000_000 * sharing) if cfg.optim.overlap_grad_reduce and pp == 0 else None  # megatron-core's default
     trained = buffered = owned = 0
     for number, chunk in enumerate(chunks):
@@ -180,32 +198,38 @@ def held(cfg: RunConfig, model: Model, world: int, *, tp: int = 0, pp: int = 0, 
         length, of_rank = _buffer(mine, sharing, dp_cp, bucket if number == 0 else None)
         buffered, owned = buffered + length, owned + of_rank
     numbers = sum(parameter.numel for chunk in chunks for parameter in chunk.parameters)
-    four = [one for chunk in chunks for one in chunk.in_4_bits]
-    weights = numbers * itemsize + sum(size for size, _ in four)
-    dense = max((count * itemsize for _, count in four), default=0)
+    compact = [one for chunk in chunks for one in chunk.compact]
+    kept = sum(one.bytes(ranks) for one in compact)
+    weights = numbers * itemsize + kept
+    # Where weights in 4 bits are made dense; and, of what is gathered, the one that is used and the one that is on its way.
+    buffers = max((one.numel * itemsize for one in compact if one.in_4_bits), default=0)
+    buffers += 2 * max((ranks * one.bytes(ranks) for one in compact), default=0) if ranks > 1 else 0
     if is_copy(cfg):
-        plain = [_chunk(Model(model.shape, None), itemsize, p.tp, tp, split, number) for number in range(pp, len(split), p.pp)]
-        weights += sum(x.numel for c in plain for x in c.parameters) * itemsize + sum(size for size, _ in four)
-        dense *= 2
+        bare = Model(model.shape, None)
+        plain = [_chunk(bare, itemsize, p.tp, tp, split, number, p.shard_base) for number in range(pp, len(split), p.pp)]
+        weights += sum(x.numel for c in plain for x in c.parameters) * itemsize + kept
+        buffers *= 2
     work = max(4, itemsize)
     return Held(
         layers=tuple(chunk.layers for chunk in chunks),
-        parameters=numbers + sum(count for _, count in four),
+        parameters=numbers + sum(one.numel for one in compact),
         trained=trained,
-        weight_bytes=weights + dense,
+        weight_bytes=weights + buffers,
         gradient_bytes=buffered * work,
-        master_bytes=owned * work if work > itemsize else 0,
-        moment_bytes=2 * owned * work,
+        master_bytes=owned * work if work > itemsize and not cfg.optim.offload else 0,
+        moment_bytes=0 if cfg.optim.offload else 2 * owned * work,
+        gathered_bytes=(ranks - 1) * kept,
+        host_bytes=4 * owned * work if cfg.optim.offload else 0,
     )
 
 
 @cache
-def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ...], number: int) -> Chunk:
-    """Stage `number` of `split` on tensor-parallel rank `rank` of `tp`."""
+def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ...], number: int, sliced: bool) -> Chunk:
+    """Stage `number` of `split` on tensor-parallel rank `rank` of `tp`; `sliced`: ranks share its linears' weights."""
     first, last, shape, adapter = number == 0, number == len(split) - 1, model.shape, model.adapter
     rows = {row.ours: row for row in table(shape)}
     found: list[Parameter] = []
-    four: list[tuple[int, int]] = []
+    compact: list[Kept] = []
 
     def plain(row: Row, layer: int, alone: bool = False) -> Parameter:
         return Parameter(_numel(row, tp, rank), adapter is None, _spans(row, pieces(row, tp, rank, layer)), alone)
@@ -221,7 +245,9 @@ def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ..
             here = pieces(row, tp, rank, layer)
             q = shape.quantization if place.removesuffix(".weight") in LINEARS else None
             if q is not None and any(q.converts(piece.hf.removesuffix(".weight")) for piece in here):
-                four.append((sum(_bytes_in_4_bits(q, piece, itemsize) for piece in here), _numel(row, tp, rank)))
+                compact.append(Kept(_numel(row, tp, rank), sum(_bytes_in_4_bits(q, piece, itemsize) for piece in here), 1, True))
+            elif sliced and place.removesuffix(".weight") in LINEARS:
+                compact.append(Kept(_numel(row, tp, rank), _numel(row, tp, rank), itemsize, False))
             else:
                 found.append(plain(row, layer))
             for piece in here if place.endswith(".weight") else ():
@@ -238,7 +264,7 @@ def _chunk(model: Model, itemsize: int, tp: int, rank: int, split: tuple[int, ..
         tied = shape.tied and not (first and last)
         names = [EMBEDDING] * first + [EMBEDDING] * (shape.tied and last and not first) + [n for n in HEAD if last and n in rows]
         found += [plain(rows[n], 0, tied)._replace(trained=True) for n in names if rows[n].parts[0].hf in adapter.whole]
-    return Chunk(len(layers), tuple(found), tuple(four))
+    return Chunk(len(layers), tuple(found), tuple(compact))
 
 
 def _numel(row: Row, tp: int, rank: int) -> int:
@@ -261,14 +287,14 @@ def _spans(row: Row, here: Sequence[Piece]) -> tuple[tuple[int, int], ...]:
 
 
 def _bytes_in_4_bits(q: Quantization, piece: Piece, itemsize: int) -> int:
-    """Of a tensor's share as model.nf4 keeps it; where it is not converted, it has `itemsize` bytes a number."""
+    """Of a tensor's share as model.nf4 keeps it, each part in 16 bytes more or less; unconverted, it has `itemsize` bytes a number."""
     if not q.converts(piece.hf.removesuffix(".weight")):
-        return piece.numel * itemsize
+        return aligned(piece.numel * itemsize)
     (rows, columns), (row, column), (height, width) = piece.shape, piece.offset, piece.size
     lines = Lines.of((rows, columns), (row, column), (height, width))
     blocks, touched = -(-lines.total // q.blocksize), lines.count * lines.touched(q.blocksize)
-    statistics = touched + 4 * -(-blocks // nf4.NESTED) + 4 if q.use_double_quant else 4 * touched
-    return -(-piece.numel // 2) + statistics
+    statistics = [touched, 4 * -(-blocks // nf4.NESTED), 4] if q.use_double_quant else [4 * touched]
+    return sum(map(aligned, (-(-piece.numel // 2), *statistics)))
 
 
 def _buffer(trained: Sequence[Parameter], ranks: int, rank: int, bucket: int | None) -> tuple[int, int]:
@@ -327,8 +353,7 @@ def saved(cfg: RunConfig, model: Model, layers: Iterable[int], *, first: bool, l
     Args:
         layers: their numbers, from 0.
         first, last: whether the embedding comes before them, the last norm after them. What the head keeps is `head_bytes`.
-        fused: as on a GPU. False: as the references on a CPU in float32, whose norm keeps what it has normalised, and whose attention
-            makes an output for each document and then one of all.
+        fused: attention as on a GPU. False: as the reference's, which makes an output for each document and then one of all.
     """
     shape = model.shape
     n, e = Tokens.of(cfg, shape), DTYPES[cfg.model.dtype].itemsize
@@ -337,7 +362,7 @@ def saved(cfg: RunConfig, model: Model, layers: Iterable[int], *, first: bool, l
     if first and cfg.lora is None:
         total += 8 * n.rank
     if last:
-        total += n.split * shape.hidden * e + _norm(cfg, n.split, shape.hidden, 1, fused)
+        total += n.split * shape.hidden * e + _norm(cfg, n.split)
     if not _recomputes(cfg, "core_attn"):
         total += _tables(cfg, shape)
     return total
@@ -354,10 +379,9 @@ def _recomputes(cfg: RunConfig, module: str) -> bool:
     return m.recompute == "full" or (m.recompute == "selective" and module in (m.recompute_modules or ("core_attn",)))
 
 
-def _norm(cfg: RunConfig, tokens: int, width: int, heads: int, fused: bool) -> int:
-    """What an RMSNorm keeps beside its input: a number for each, and unfused what its weight multiplies, if that is trained."""
-    e = DTYPES[cfg.model.dtype].itemsize
-    return tokens * heads * max(4, e) + (0 if fused or cfg.lora is not None else tokens * width * e)
+def _norm(cfg: RunConfig, rows: int) -> int:
+    """What an RMSNorm keeps beside its input: a number for each row of it."""
+    return rows * max(4, DTYPES[cfg.model.dtype].itemsize)
 
 
 def _layer(cfg: RunConfig, model: Model, ranks: Sequence[int] | None, fused: bool) -> int:
@@ -377,9 +401,9 @@ def _layer(cfg: RunConfig, model: Model, ranks: Sequence[int] | None, fused: boo
 
     of_linears = [(True, 0)] * len(LINEARS) if ranks is None else [beside(*pair) for pair in zip(ranks, outputs, strict=True)]
     (qkv, low_qkv), (proj, low_proj), (fc1, low_fc1), (fc2, low_fc2) = of_linears
-    total = hidden + _norm(cfg, n.split, shape.hidden, 1, fused) + hidden * qkv + low_qkv
+    total = hidden + _norm(cfg, n.split) + hidden * qkv + low_qkv
     if shape.qk_norm:
-        total += q + 2 * kv + _norm(cfg, n.rank, heads * d, heads, fused) + _norm(cfg, n.rank, kv_heads * d, kv_heads, fused)
+        total += q + 2 * kv + _norm(cfg, n.rank * (heads + kv_heads))
     in_place = q + kv if shape.qk_norm else q + 2 * kv  # v stays where the projection wrote it
     if _recomputes(cfg, "core_attn"):
         total += in_place + q * proj
@@ -388,11 +412,10 @@ def _layer(cfg: RunConfig, model: Model, ranks: Sequence[int] | None, fused: boo
         exchanged = q + 2 * kv * repeats * n.gather
         total += (in_place if p.cp == 1 else exchanged) + n.rank * heads * max(4, e)  # and the log-sum-exp
         total += q * (1 + (proj and (n.ulysses > 1 or not fused)))
-    total += low_proj + hidden + _norm(cfg, n.split, shape.hidden, 1, fused)
+    total += low_proj + hidden + _norm(cfg, n.split)
     if _recomputes(cfg, "mlp"):
         return total + hidden
-    # gate and up; silu(gate); up plus megatron-core's offset; their product, where it is kept
-    return total + hidden * fc1 + low_fc1 + 4 * ffn + ffn * fc2 + low_fc2
+    return total + hidden * fc1 + low_fc1 + 2 * ffn + ffn * fc2 + low_fc2  # gate and up; their product, where it is kept
 
 
 def head_bytes(cfg: RunConfig, shape: Shape, labelled: float) -> int:
@@ -413,7 +436,7 @@ def working_bytes(cfg: RunConfig, model: Model) -> int:
     again = 0
     if cfg.model.recompute != "none":
         again = _layer(_without_recompute(cfg), model, ranks, True) - _layer(cfg, model, ranks, True)
-    gradients = (4 * shape.ffn // p.tp * n.rank + 3 * n.rank * shape.hidden) * e
+    gradients = (3 * shape.ffn // p.tp * n.rank + 3 * n.rank * shape.hidden) * e
     largest = 2 * shape.ffn // p.tp * shape.hidden * e if cfg.lora is None else 0  # a weight's gradient before it is added
     gathered = 2 * n.rank * shape.hidden * e if p.sp else 0
     exchanged = 2 * (shape.heads + 2 * shape.kv_heads) // p.tp * shape.head_dim * n.rank * e if p.cp > 1 else 0
@@ -501,7 +524,7 @@ def links(cfg: RunConfig, shape: Shape, h: Held, sharing: int, micro_batches: in
     layer = (u - 1) / u * unit * 2 * (heads + repeated) + (r - 1) * unit * 2 * repeated
     cp = layers * layer * (2 + _recomputes(cfg, "core_attn") + before)
     pp = (2 + before) * p.vpp * n.split * shape.hidden * e if p.pp > 1 else 0
-    dp = (sharing - 1) / sharing * (h.gradient_bytes + h.trained * e)
+    dp = (sharing - 1) / sharing * (h.gradient_bytes + h.trained * e) + h.gathered_bytes * passes * micro_batches
     return Links((p.tp - 1) / p.tp * tp * micro_batches, float(pp * micro_batches), cp * micro_batches, dp)
 
 
@@ -520,7 +543,7 @@ class Planned:
     flops_per_token: float  # of a training step
     links: Links
     seconds: float  # of a step
-    parts: Mapping[str, float]  # of these seconds: compute, bubble, tp, pp, cp, dp, memory
+    parts: Mapping[str, float]  # of these seconds: compute, bubble, tp, pp, cp, dp, memory, host
     tokens_per_second: float
     mfu: float  # operations that the model needs, without what is computed again, of what the GPUs could do
 
@@ -586,12 +609,13 @@ def plan(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents
     in_4_bits = passes * micro_batches * 2.5 * h.parameters if dense else 0
     update = 2 * (h.master_bytes + h.moment_bytes) + h.gradient_bytes
     memory = (in_4_bits + update) / (hardware.bandwidth * hardware.reached)
+    host = 2 * h.host_bytes / hardware.host  # each of the four once in or out of a core, and once more over the bus or back
     bubble = (compute + tp + cp) * (p.pp - 1) / (p.vpp * micro_batches)
-    seconds = compute + bubble + tp + cp + pp_seconds + dp + memory
+    seconds = compute + bubble + tp + cp + pp_seconds + dp + memory + host
     rate = cfg.data.rows_per_step * cfg.data.row_length / seconds
     ideal = 3 if cfg.lora is None else 2
     mfu = (ideal * (w.linears + w.head) + 3 * w.attention) / tokens * rate / world / hardware.flops
-    parts = {"compute": compute, "bubble": bubble, "tp": tp, "pp": pp_seconds, "cp": cp, "dp": dp, "memory": memory}
+    parts = {"compute": compute, "bubble": bubble, "tp": tp, "pp": pp_seconds, "cp": cp, "dp": dp, "memory": memory, "host": host}
     return Planned(cfg, world, stage, h, kept, count, working_bytes(cfg, model), head, trained / tokens, sent, seconds, parts, rate, mfu)
 
 
@@ -622,6 +646,9 @@ def longest_row(cfg: RunConfig, model: Model, world: int, hardware: Hardware, do
 # ---- search
 
 
+SEARCHED = ("tp", "pp", "vpp", "cp", "sp", "layers_per_stage", "shard_base")  # of cfg.parallel
+
+
 class Kind(NamedTuple):
     """Ways of cutting a model that are compared with each other."""
 
@@ -640,7 +667,8 @@ class Lost(NamedTuple):
 
 
 def fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> tuple[list[Planned], list[Lost]]:
-    """All grids, micro-batches and ways to recompute of this run's model, rows and losses on `world` GPUs.
+    """All grids, micro-batches and ways to recompute of this run's model, rows and losses on `world` GPUs; and of those that do not fit,
+    whether they do when the base is in slices, or the optimizer's state on the host.
 
     Returns:
         What fits, the fastest first; and why each kind that has not the fastest lost, in one line each.
@@ -653,7 +681,7 @@ def fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents:
         refusal = ""
         for candidate in _of_kind(cfg, kind, world):
             try:
-                one = plan(candidate, model, world, hardware, documents)
+                one = _relieved(candidate, model, world, hardware, documents)
             except MegamodError as error:
                 refusal = refusal or str(error)
                 continue
@@ -692,19 +720,36 @@ def _of_kind(cfg: RunConfig, kind: Kind, world: int) -> Iterator[RunConfig]:
         for vpp in (1, 2, 4) if kind.pp > 1 else (1,):
             own = cfg.parallel.layers_per_stage
             split = own if own is not None and len(own) == kind.pp * vpp else None
-            p = replace(cfg.parallel, tp=kind.tp, pp=kind.pp, cp=cp, vpp=vpp, sp=kind.tp > 1, layers_per_stage=split)
+            p = replace(cfg.parallel, tp=kind.tp, pp=kind.pp, cp=cp, vpp=vpp, sp=kind.tp > 1, layers_per_stage=split, shard_base=False)
+            o = replace(cfg.optim, offload=False)
             for rows in (1, 2, 4):
                 d = replace(cfg.data, rows_per_micro_batch=rows)
                 for recompute in get_args(Recompute):
                     m = replace(cfg.model, recompute=recompute, recompute_modules=None)
-                    yield replace(cfg, parallel=p, data=d, model=m)
+                    yield replace(cfg, parallel=p, data=d, model=m, optim=o)
+
+
+def _relieved(cfg: RunConfig, model: Model, world: int, hardware: Hardware, documents: Documents) -> Planned:
+    """The plan of `cfg`, with its base in slices, its optimizer's state on the host or both where it fits so, and not without: each costs
+    time. Raises MegamodError: see `plan`."""
+    p = cfg.parallel
+    sliced = [False] + [True] * (cfg.lora is not None and world > p.tp * p.pp)
+    found: list[Planned] = []
+    for offload in (False, True):
+        for shard_base in sliced:
+            one = replace(cfg, parallel=replace(p, shard_base=shard_base), optim=replace(cfg.optim, offload=offload))
+            found.append(plan(one, model, world, hardware, documents))
+            if found[-1].bytes <= hardware.usable:
+                return found[-1]
+    return min(found, key=lambda one: one.bytes)
 
 
 def said(cfg: RunConfig) -> str:
     """`tp 8 · pp 4 · vpp 1 · cp 2 · 1 row a micro-batch · recompute full`"""
     p, rows = cfg.parallel, cfg.data.rows_per_micro_batch
-    grid = f"tp {p.tp} · pp {p.pp} · vpp {p.vpp} · cp {p.cp}"
-    return f"{grid} · {rows} {'row' if rows == 1 else 'rows'} a micro-batch · recompute {cfg.model.recompute}"
+    grid = f"tp {p.tp} · pp {p.pp} · vpp {p.vpp} · cp {p.cp}" + " · base in slices" * p.shard_base
+    rest = f"recompute {cfg.model.recompute}" + " · offload" * cfg.optim.offload
+    return f"{grid} · {rows} {'row' if rows == 1 else 'rows'} a micro-batch · {rest}"
 
 
 def _largest(one: Planned) -> str:
@@ -719,7 +764,7 @@ def _largest(one: Planned) -> str:
 
 def _costliest(one: Planned, best: Planned) -> str:
     """What costs a plan most time beyond the best one's."""
-    names = {"compute": "more to compute", "bubble": "the pipeline's bubble", "memory": "memory traffic"}
+    names = {"compute": "more to compute", "bubble": "the pipeline's bubble", "memory": "memory traffic", "host": "the update on the host"}
     worse = {key: one.parts[key] - best.parts[key] for key in one.parts}
     key = max(worse, key=lambda name: worse[name])
     return f"{names.get(key, f'sending over {key}')} takes {one.parts[key] / one.seconds:.0%} of a step"
@@ -734,9 +779,10 @@ def nearest_fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, do
             if best is not None and len(words) > best[0]:
                 continue
             try:
-                one = plan(candidate, model, world, hardware, documents)
+                one = _relieved(candidate, model, world, hardware, documents)
             except MegamodError:
                 continue
+            words = changes(cfg, one.cfg)
             if one.bytes <= hardware.usable:
                 best = min(best or (len(words) + 1, 0.0, ""), (len(words), one.seconds, " ".join(words)))
     return None if best is None else best[2]
@@ -745,8 +791,9 @@ def nearest_fit(cfg: RunConfig, model: Model, world: int, hardware: Hardware, do
 def changes(cfg: RunConfig, other: RunConfig) -> list[str]:
     """The overrides that make `other` of `cfg`, as far as a plan's search goes."""
     pairs = [
-        *((f"parallel.{name}", cfg.parallel, other.parallel, name) for name in ("tp", "pp", "vpp", "cp", "sp", "layers_per_stage")),
+        *((f"parallel.{name}", cfg.parallel, other.parallel, name) for name in SEARCHED),
         ("data.rows_per_micro_batch", cfg.data, other.data, "rows_per_micro_batch"),
         *((f"model.{name}", cfg.model, other.model, name) for name in ("recompute", "recompute_modules")),
+        ("optim.offload", cfg.optim, other.optim, "offload"),
     ]
     return [f"{key}={getattr(b, name)}" for key, a, b, name in pairs if getattr(a, name) != getattr(b, name)]

@@ -34,6 +34,7 @@ from megamod.evaluate.validation import Validation, labelled_rows
 from megamod.log import Log, add_to_record, record_run
 from megamod.losses import needs_of
 from megamod.memory import Peak
+from megamod.model.backends import overlap_tp
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Plan
 from megamod.model.shape import Shape, read_shape
@@ -82,7 +83,8 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
     checkpoints, exports = directory / "checkpoints", directory / ("hf" if cfg.lora is None else "peft")
     begun, passed = _begun(cfg, checkpoints, grid)
     plan = together(lambda: _plan(cfg, shape, begun))
-    optim.check(cfg.optim, list(plan.tensors(shape) if plan is not None else hf_shapes(shape)))
+    trained = list(plan.tensors(shape) if plan is not None else hf_shapes(shape))
+    optim.check(cfg.optim, trained, grid.device, grid.dp_cp.size)
 
     d = cfg.data
     stores = on_first(lambda: prepare_all(d, cfg.model.path, shape.vocab, directory / "data", shape.score))
@@ -110,6 +112,8 @@ def _train(cfg: RunConfig, shape: Shape, grid: Grid, directory: Path) -> None:
         _check_exports(shape, cfg, exports, first)
     source = weights_of(cfg, shape)
     compared = together(lambda: adapter_beside(cfg, shape, plan))
+    if cfg.parallel.tp_comm_overlap:
+        overlap_tp(d.row_length * d.rows_per_micro_batch // grid.cp.size, shape.hidden, grid.tp.size, grid.device)
     with Peak(grid.device) as peak:
         chunks, backends = build(cfg.model, shape, grid, deterministic=cfg.deterministic)
         base = together(lambda: load(chunks, shape, grid, source, where=cfg.model.path))

@@ -39,7 +39,7 @@ FULL = """RunConfig(
     steps=9,
     model=ModelConfig(
         path="/m", shape="/s", init="random", dtype="float64", recompute="selective", recompute_modules=("mlp", "core_attn"),
-        attention="reference", linear="transformer_engine",
+        attention="reference", linear="transformer_engine", fusion="reference",
     ),
     data=DataConfig(
         train=SyntheticData(6, 50, 0.25, 0.5, True), row_length=128, rows_per_step=16, rows_per_micro_batch=2,
@@ -55,7 +55,7 @@ FULL = """RunConfig(
     parallel=ParallelConfig(tp=2, pp=2, vpp=2, cp=2, sp=True, layers_per_stage=(1, 2, 3, 4), timeout_minutes=3),
     optim=OptimConfig(
         lr=3e-7, schedule="wsd", min_lr=1e-8, warmup_steps=2, decay_steps=4, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.2,
-        no_decay=("embed", "lm_head"), clip_grad=None, max_skips=5, overlap_grad_reduce=True,
+        no_decay=("embed", "lm_head"), clip_grad=None, max_skips=5, overlap_grad_reduce=True, offload=True,
     ),
     checkpoint=CheckpointConfig(
         every=3, keep_last=2, keep_every=6, asynchronous=False, resume="no", stop_at=2_000_000_000, requeue_file="again", export=True
@@ -71,7 +71,7 @@ ADAPTED = IN_4_BITS.format(
         r=4, lora_alpha=2.5, target_modules=("q_proj", "up_proj"), exclude_modules="model.*3.*", layers_to_transform=(1, 2),
         rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 8}, modules_to_save=("lm_head",), lora_dropout=0.5, use_rslora=True,
         use_dora=True, init_lora_weights="gaussian", loraplus_lr_ratio=16.0, name="mine",
-    )"""
+    ), parallel=ParallelConfig(shard_base=True)"""
 )
 # What a preference loss reads, and a head of scores, which FULL's eval rules out.
 COMPARED = """RunConfig(
@@ -80,7 +80,8 @@ COMPARED = """RunConfig(
     reference=ReferenceConfig("model", path="/r", sync_every=3, sync_alpha=0.5),
 )"""
 TAUGHT = """RunConfig(
-    dir="runs/t", steps=7, model=ModelConfig(path="/m"), data=DataConfig(train="a.jsonl", chat=ChatConfig(weights={"a+": 2.0})),
+    dir="runs/t", steps=7, model=ModelConfig(path="/m", linear="transformer_engine"),
+    data=DataConfig(train="a.jsonl", chat=ChatConfig(weights={"a+": 2.0})), parallel=ParallelConfig(tp=2, sp=True, tp_comm_overlap=True),
     loss=partial(losses.distillation, sft_weight=0.5), reference=ReferenceConfig("model", path="/t", top_k=9),
 )"""
 
@@ -200,7 +201,7 @@ def test_override_of_keywords_without_annotation_and_with_a_position(tmp_path: P
     [
         ("optim.lrr=1", "override optim.lrr=1: OptimConfig has no field 'lrr', did you mean 'lr'?"),
         ("optm.lr=1", "override optm.lr=1: RunConfig has no field 'optm', did you mean 'optim'?"),
-        ("parallel.qqq=1", "ParallelConfig has no field 'qqq', choose from: cp, layers_per_stage, pp, sp, timeout_minutes, tp, vpp"),
+        ("parallel.qqq=1", "has no field 'qqq', choose from: cp, layers_per_stage, pp, shard_base, sp, timeout_minutes, tp, "),
         ("=1", "RunConfig has no field '', choose from: "),
         ("steps", "override 'steps': write it as owner.key=value"),
         ("--steps", "override '--steps': write it as owner.key=value"),
@@ -440,6 +441,22 @@ UNUSED = [
     (["model.recompute=full", "model.recompute_modules=('mlp',)"], "model.recompute_modules would not be read: model.recompute is 'full'"),
     (["parallel.sp=true"], "parallel.sp would not be read: parallel.tp is 1"),
     (["parallel.vpp=2"], "parallel.vpp would not be read: parallel.pp is 1"),
+    (["parallel.tp_comm_overlap=true"], "parallel.tp_comm_overlap would not be read: model.linear is 'megatron', not 'transformer_engine'"),
+    (
+        ["parallel.tp_comm_overlap=true", "model.linear=transformer_engine", "parallel.tp=2"],
+        "parallel.tp_comm_overlap would not be read: parallel.sp is False",
+    ),
+    (
+        [
+            "parallel.tp_comm_overlap=true",
+            "model.linear=transformer_engine",
+            "parallel.tp=2",
+            "parallel.sp=true",
+            "eval.data=e.jsonl",
+            "data.rows_per_micro_batch=2",
+        ],
+        "parallel.tp_comm_overlap: its buffers are for micro-batches of one size, and validation's have one row",
+    ),
     (["parallel.layers_per_stage=(4,)"], "parallel.layers_per_stage would not be read: parallel.pp is 1"),
     (["optim.weight_decay=0", "optim.no_decay=('norm',)"], "optim.no_decay would not be read: optim.weight_decay is 0"),
 ]

@@ -27,47 +27,30 @@ from complaints import complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_security import Trap
 from torch import Tensor
 
 from megamod import checkpoint
 from megamod.config import ParallelConfig
 from megamod.errors import MegamodError
-from megamod.model.shape import Shape, read_shape, shape_of
+from megamod.model.shape import Shape, read_shape
 from megamod.weights import convert, mcore, torch_dist
 from megamod.weights.convert import compare, hf_to_mcore, mcore_to_hf
 from megamod.weights.load import Safetensors, together_from, weights_at
 from megamod.weights.table import hf_shapes, pieces, table
 
 ROOT = Path(__file__).parents[1]
-MOE = {
-    "model_type": "qwen3_moe", "head_dim": 8, "rope_theta": 1e6, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-}  # fmt: skip
 ZARR = '{"sharded_backend": "zarr", "sharded_backend_version": 1}'
 NAMES = [name for name in tiny.CONFIGS if not tiny.shape(name).o_bias]
 
 
-def of(name: str) -> tuple[dict[str, Any], Shape]:
-    """A tiny model's config.json and shape."""
-    config = {**tiny.BASE, **MOE} if name == "moe" else tiny.config(name)
-    return config, shape_of(config)
-
-
-def tensors_of(shape: Shape, dtype: torch.dtype, seed: int = 7) -> dict[str, Tensor]:
-    """Random in every place, also of norms and biases."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {name: torch.randn(*size, generator=generator) * 0.15 for name, size in hf_shapes(shape).items()}
-    return {name: (1 + x if name.endswith("norm.weight") else x).to(dtype) for name, x in drawn.items()}
-
-
 def directory(path: Path, name: str, dtype: torch.dtype = torch.bfloat16, mixed: bool = False) -> Path:
     """A Hugging Face directory. mixed: its norms in fp32."""
-    config, shape = of(name)
-    tensors = tensors_of(shape, dtype)
+    tensors = tiny.weights(name, dtype)
     if mixed:
         tensors = {key: x.float() if key.endswith("norm.weight") else x for key, x in tensors.items()}
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(tiny.config(name)), encoding="utf-8")
     (path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     (path / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -91,7 +74,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 # --- there and back -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*NAMES, "moe"])
+@pytest.mark.parametrize("name", [*NAMES, *tiny.EXPERTS])
 def test_the_way_back_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     source = directory(tmp_path / "hf", name, mixed=True)
     hf_to_mcore(source, tmp_path / "mcore", shard_bytes=20_000, jobs=3)
@@ -168,6 +151,21 @@ def test_boxes_are_cut_in_order_and_whole(size: list[int], block: int) -> None:
     assert all(len(x) <= block for x in found)
 
 
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_boxes_that_meet_are_found(data: st.DataObject) -> None:
+    """Of a tensor that is cut along one axis after the other none does; with one that is moved or longer some do."""
+    axes = data.draw(st.integers(1, 3))
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+    for _ in range(axes):
+        sizes = [data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)) for _ in boxes]
+        boxes = [((*o, sum(own[:i])), (*n, own[i])) for (o, n), own in zip(boxes, sizes, strict=True) for i in range(len(own))]
+    boxes = data.draw(st.permutations(boxes))
+    assert torch_dist._apart(boxes)
+    offset, size = data.draw(st.sampled_from(boxes))
+    assert not torch_dist._apart([*boxes, (offset, tuple(data.draw(st.integers(1, n)) for n in size))])
+
+
 # --- megatron-core ------------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +204,7 @@ def theirs(shape: Shape, grid: Any, vocab: int) -> Any:
 def model_of_theirs(name: str, parallel: ParallelConfig, vocab: int) -> Iterator[Any]:
     from megamod.parallel import grid as grids
 
-    _, shape = of(name)
+    shape = tiny.shape(name)
     grid = grids.start(parallel, replace(shape, experts=None), seed=1)
     try:
         yield theirs(shape, grid, vocab)
@@ -224,7 +222,7 @@ def loaded(name: str, path: Path, parallel: ParallelConfig, vocab: int) -> list[
         state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
         model.load_state_dict({key: value for key, value in state.items() if key not in ("args", "checkpoint_version", "iteration")})
         assert state["args"].num_layers == 4
-        if parallel.pp > 1 or name == "moe":
+        if parallel.pp > 1 or name in tiny.EXPERTS:
             rows = {n: slice(0, 61 - p.shape[0]) for n, p in model.named_parameters() if "word_embeddings" in n}
             return [n for n, p in model.named_parameters() if p.isnan().any() and n not in rows]
         ids = torch.arange(16)[None] * 3 % 61
@@ -252,8 +250,8 @@ def test_megatron_core_computes_what_transformers_does(name: str, tmp_path: Path
 
 
 def test_megatron_core_loads_experts(tmp_path: Path) -> None:
-    out = hf_to_mcore(directory(tmp_path / "hf", "moe", torch.float32), tmp_path / "mcore")
-    assert distributed.run(1, loaded, "moe", out / "release", ParallelConfig(), 61) == [[]]
+    out = hf_to_mcore(directory(tmp_path / "hf", "qwen3-moe", torch.float32), tmp_path / "mcore")
+    assert distributed.run(1, loaded, "qwen3-moe", out / "release", ParallelConfig(), 61) == [[]]
 
 
 def saved(name: str, path: Path, parallel: ParallelConfig, vocab: int) -> list[list[float]] | None:
@@ -301,7 +299,7 @@ def test_experts_are_transformers_own(tmp_path: Path) -> None:
     """What transformers saves of a Qwen3-MoE goes there and back, and computes the same."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = dict(of("moe")[0])
+    config = tiny.config("qwen3-moe")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     model.save_pretrained(tmp_path / "hf")
     hf_to_mcore(tmp_path / "hf", tmp_path / "mcore")
@@ -316,9 +314,9 @@ def test_experts_are_transformers_own(tmp_path: Path) -> None:
 
 def test_a_run_s_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     model = directory(tmp_path / "model", "qwen2")
-    masters = tensors_of(of("qwen2")[1], torch.float32, seed=3)
+    masters = tiny.weights("qwen2", torch.float32, seed=3)
     path = checkpoint.write(tmp_path / "checkpoints", 5, masters, {"model.path": str(model)})
-    (model / "config.json").write_text(json.dumps({**of("qwen2")[0], "torch_dtype": "bfloat16"}), encoding="utf-8")
+    (model / "config.json").write_text(json.dumps({**tiny.config("qwen2"), "torch_dtype": "bfloat16"}), encoding="utf-8")
     mcore_to_hf(path, tmp_path / "hf")
     assert same({k: x.bfloat16() for k, x in masters.items()}, contents(tmp_path / "hf"))
     mcore_to_hf(path, tmp_path / "fp32", torch.float32, model=model)
@@ -338,28 +336,28 @@ def test_a_conversion_that_fails_anywhere_goes_on(back: bool, tmp_path: Path) ->
     source = directory(tmp_path / "hf", "qwen3")
     hf_to_mcore(source, tmp_path / "mcore", shard_bytes=20_000)
     act = partial(mcore_to_hf, tmp_path / "mcore") if back else partial(hf_to_mcore, source)
-    act = partial(act, shard_bytes=20_000, jobs=1)
-    put, writes, left, kept, faults = convert.Sink._count, 0, 0, 0, 0
+    act = partial(act, shard_bytes=20_000, jobs=1)  # of which two are in work
+    put, writes, left, kept, faults = convert.Sink._see, 0, 0, 0, 0
 
-    def counted(sink: convert.Sink, count: int) -> None:
+    def counted(sink: convert.Sink, data: Any) -> None:
         nonlocal writes
         writes += 1
-        put(sink, count)
+        put(sink, data)
 
-    def full(sink: convert.Sink, count: int) -> None:
+    def full(sink: convert.Sink, data: Any) -> None:
         nonlocal left
         left -= 1
         if left < 0:
             raise OSError(28, "No space left on device")
-        put(sink, count)
+        put(sink, data)
 
-    with mock.patch.object(convert.Sink, "_count", counted):
+    with mock.patch.object(convert.Sink, "_see", counted):
         act(tmp_path / "whole")
     there: dict[Path, int] = {}
     while not (tmp_path / "out").exists():
         left = writes * 2 // 5
         assert faults < 9
-        with mock.patch.object(convert.Sink, "_count", full):
+        with mock.patch.object(convert.Sink, "_see", full):
             try:
                 act(tmp_path / "out")
             except MegamodError as error:
@@ -373,6 +371,22 @@ def test_a_conversion_that_fails_anywhere_goes_on(back: bool, tmp_path: Path) ->
     assert kept > 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_no_kernel_copies_and_no_sums(tmp_path: Path) -> None:
+    """Where the kernel copies nothing from file to file, or says that it copied nothing: the same bytes; without sums, too."""
+    source = directory(tmp_path / "hf", "qwen2")
+    hf_to_mcore(source, tmp_path / "a")
+    for i, answer in enumerate((OSError(18, "Invalid cross-device link"), [0] * 1000)):
+        with mock.patch.object(os, "copy_file_range", side_effect=answer):
+            hf_to_mcore(source, tmp_path / f"b{i}", sums=False)
+        theirs = files_of(tmp_path / "a")
+        assert theirs.pop("release/SHA256SUMS")
+        assert files_of(tmp_path / f"b{i}") == theirs
+    (tmp_path / "a" / "release" / "SHA256SUMS").write_text("rubbish", encoding="utf-8")
+    mcore_to_hf(tmp_path / "a", tmp_path / "back", sums=False)
+    assert not (tmp_path / "back" / "SHA256SUMS").exists()
+    assert "SHA256SUMS:1: damaged" in complaint(lambda: mcore_to_hf(tmp_path / "a", tmp_path / "no"))
 
 
 def test_other_options_begin_again(tmp_path: Path) -> None:
@@ -409,29 +423,11 @@ def test_verifying_finds_a_flipped_bit(tmp_path: Path) -> None:
     hf_to_mcore(source, tmp_path / "mcore")
     file = tmp_path / "mcore" / "release" / "__0_0.distcp"
     raw = bytearray(file.read_bytes())
-    at = TorchDistPlace.of(tmp_path / "mcore", "decoder.layers.mlp.linear_fc2.weight")
+    at = torch_dist.TorchDist(tmp_path / "mcore")._stored["decoder.layers.mlp.linear_fc2.weight"][0].start
     raw[at + 5] ^= 4
     file.write_bytes(raw)
     assert "SHA-256" in complaint(lambda: mcore_to_hf(tmp_path / "mcore", tmp_path / "back"))
     assert "down_proj.weight is not what" in complaint(lambda: compare(source, tmp_path / "mcore"))
-
-
-class TorchDistPlace:
-    """Where a tensor's first box lies."""
-
-    @staticmethod
-    def of(path: Path, name: str) -> int:
-        return torch_dist.TorchDist(path)._stored[name][0].start
-
-
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_what_a_checkpoint_says_is_never_called(tmp_path: Path) -> None:
@@ -531,7 +527,7 @@ def test_a_damaged_description_never_ends_in_a_traceback(seed: int, tmp_path: Pa
     (out / ".metadata").write_bytes(raw)
     said = ""
     try:
-        mcore.AsHuggingFace(torch_dist.TorchDist(out), of("qwen2")[1], "x")
+        mcore.AsHuggingFace(torch_dist.TorchDist(out), tiny.shape("qwen2"), "x")
     except MegamodError as error:
         said = str(error)
     assert len(said.splitlines()) <= 1
@@ -545,6 +541,26 @@ def test_what_megatron_has_no_place_for_is_refused(tmp_path: Path) -> None:
         save_file(tiny.weights(name, torch.float32), path / "model.safetensors")
         assert said in complaint(lambda path=path: hf_to_mcore(path, tmp_path / "out"))
     assert "neither a checkpoint of Megatron-LM" in complaint(lambda: mcore_to_hf(tmp_path, tmp_path / "out"))
+
+
+def test_a_tied_model_s_second_head_must_be_its_embedding(tmp_path: Path) -> None:
+    source = directory(tmp_path / "hf", "qwen3-tied")
+    tensors = contents(source)
+    for head, fine in ((tensors["model.embed_tokens.weight"].clone(), True), (tensors["model.embed_tokens.weight"] + 1, False)):
+        save_file({**tensors, "lm_head.weight": head}, source / "model.safetensors")
+        if fine:
+            hf_to_mcore(source, tmp_path / "out")
+        else:
+            assert "ties the embeddings, but lm_head.weight differs" in complaint(lambda: hf_to_mcore(source, tmp_path / "no"))
+
+
+def test_q_k_and_v_in_several_dtypes_lose_nothing(tmp_path: Path) -> None:
+    source = directory(tmp_path / "hf", "qwen2", torch.float32)
+    tensors = {name: x.bfloat16() if "q_proj" in name else x for name, x in contents(source).items()}
+    save_file(tensors, source / "model.safetensors")
+    hf_to_mcore(source, tmp_path / "mcore")
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    assert same({name: x.float() for name, x in tensors.items()}, contents(tmp_path / "back"))
 
 
 def test_two_at_once_are_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from megamod.model.shape import Shape
 from megamod.parallel.grid import check, check_rows
 from megamod.train import model_shape
 from megamod.weights.peft import slots
-from megamod.weights.table import Row, pieces, share, table
+from megamod.weights.table import Piece, Row, hf_shapes, pieces, share, table
 
 ROOT = Path(__file__).parents[1]
 TOOL = str(ROOT / "tools" / "dry_run.py")
@@ -37,10 +38,10 @@ REHEARSALS = {
         32, (0, 9, 31), ("parallel.tp=8", "parallel.pp=2", "parallel.layers_per_stage=3,1", "optim.no_decay=('embed_tokens',)")
     ),
     "moderation_7b": Rehearsal(8, (0, 5, 7)),
-    "moderation_72b": Rehearsal(128, (3, 64, 127)),
+    "moderation_72b": Rehearsal(64, (3, 31, 63)),
     "moderation_72b_long": Rehearsal(128, (0, 77, 127)),
     "moderation_7b_lora": Rehearsal(8, (7,)),
-    "moderation_72b_lora": Rehearsal(16, (9,)),
+    "moderation_72b_lora": Rehearsal(8, (5,)),
     "moderation_7b_qlora": Rehearsal(1, (0,)),
     "moderation_72b_qlora": Rehearsal(8, (7,), ("parallel.tp=8", "parallel.sp=true")),
     "moderation_72b_qlora_h200": Rehearsal(1, (0,)),
@@ -49,7 +50,7 @@ REHEARSALS = {
     "smollm2": Rehearsal(2, (0, 1)),
     "smollm2_dpo": Rehearsal(2, (1,)),
     "tiny_dpo": Rehearsal(4, (3,), ("parallel.tp=2", "parallel.pp=2", "lora.r=4")),
-    "moderation_72b_dpo": Rehearsal(16, (9,)),
+    "moderation_72b_dpo": Rehearsal(8, (7,)),
     "cost_sensitive": Rehearsal(8, (5,)),
 }
 
@@ -61,7 +62,7 @@ class Line(NamedTuple):
     place: dict[str, int]
     layers: str
     parameters: int
-    gibibytes: tuple[float, ...]  # of weights, gradients, optimizer
+    gibibytes: tuple[float, ...]  # of weights, gradients, optimizer; and in the host's memory
     micro_batches: int
 
 
@@ -75,7 +76,8 @@ def rehearse(name: str) -> list[Line]:
     done = python(TOOL, str(ROOT / "configs" / f"{name}.py"), *overrides, "--world", str(world), "--ranks", ",".join(map(str, ranks)))
     assert (done.returncode, done.stderr) == (0, "")
     header, *rows = done.stdout.splitlines()
-    assert header.split() == ["rank", "place", "layers", "parameters", "weights", "gradients", "optimizer", "micro-batches", "seconds"]
+    names = ("rank", "place", "layers", "parameters", "weights", "gradients", "optimizer", "host", "micro-batches", "seconds")
+    assert tuple(header.split()) == names
     lines = []
     for row in rows:
         rank, *words = row.replace("·", "").split()
@@ -151,7 +153,7 @@ def test_a_reference_of_its_own_counts() -> None:
     large = [str(ROOT / "configs" / "tiny_dpo.py"), f"model.path={ROOT / 'configs' / 'models' / 'qwen2.5-7b'}"]
     rows = [python(TOOL, *large, *more, "--world", "1", "--ranks", "0") for more in ((), ("reference.kind=uniform",))]
     assert [(done.returncode, done.stderr) for done in rows] == [(0, "")] * 2
-    both, alone = (float(done.stdout.splitlines()[1].split()[-5][:-1]) for done in rows)
+    both, alone = (float(done.stdout.splitlines()[1].split()[-6][:-1]) for done in rows)
     assert both == pytest.approx(2 * alone, rel=0.02)
 
 
@@ -185,7 +187,7 @@ def test_dry_run(name: str) -> None:
         # are padded, so a little more.
         weight, full = DTYPES[cfg.model.dtype].itemsize, max(4, DTYPES[cfg.model.dtype].itemsize)
         optimizer = (2 * full + full * (weight < full)) / (dp * p.cp)
-        expected = [count * each / 2**30 for count, each in ((base + low, weight), (trained, full), (trained, optimizer))]
+        expected = [count * each / 2**30 for count, each in ((base + low, weight), (trained, full), (trained, optimizer), (0, 0))]
         if shape.quantization is not None:
             expected[0] -= saved_by_4_bits(rows_of(name, pp), p.tp, line.place["tp"], weight) / 2**30
         assert line.gibibytes == pytest.approx(expected, rel=0.01, abs=0.006)
@@ -203,6 +205,36 @@ def test_ranks_hold_the_model_once(name: str) -> None:
         rows = [(row, i) for row, i in rows_of(name, pp) if not (copy and row.ours.startswith("embedding."))]
         owned += sum(piece.numel for rank in range(p.tp) for row, i in rows for piece in pieces(row, p.tp, rank, i) if piece.owned)
     assert owned == shape.parameters()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_rank_loads_its_parameters_whole_and_exports_every_tensor_once(name: str) -> None:
+    """Each tp × pp rank's pieces fill its parameters but for the vocabulary's padding; those that ranks own tile Hugging Face's tensors."""
+    cfg, shape, _ = config_of(name)
+    p = cfg.parallel
+    written: dict[str, list[Piece]] = {}
+    for pp in range(p.pp):
+        copy = shape.tied and pp == p.pp - 1 > 0  # of the embedding, on the last stage
+        for row, layer in rows_of(name, pp):
+            for rank in range(p.tp):
+                here, first = pieces(row, p.tp, rank, layer), 0
+                for piece in here:
+                    assert piece.row == first, (row.ours, layer, rank)
+                    first += piece.size[0]
+                padding = held(row, p.tp, rank) - sum(piece.numel for piece in here)
+                assert padding == 0 or (row.parts[0].padded and 0 < padding < held(row, p.tp, rank)), (row.ours, layer, rank)
+                if not (copy and row.ours.startswith("embedding.")):
+                    for piece in here:
+                        written.setdefault(piece.hf, []).extend([piece] * piece.owned)
+    assert {hf: several[0].shape for hf, several in written.items()} == hf_shapes(shape)
+    for several in written.values():
+        several.sort(key=lambda piece: piece.offset)
+        assert sum(piece.numel for piece in several) == prod(several[0].shape)
+        assert all(one.offset != other.offset for one, other in pairwise(several))  # shares of one axis alone, none of them twice
+        cut = [axis for axis in range(len(several[0].shape)) if len({piece.offset[axis] for piece in several}) > 1]
+        assert len(cut) <= 1
+        for one, other in pairwise(several):
+            assert one.offset[cut[0]] + one.size[cut[0]] == other.offset[cut[0]]
 
 
 SEVERAL = """
@@ -234,6 +266,7 @@ IMPOSSIBLE = [
         (4, "0"),
         "model.attention = 'flash_attn' needs a GPU and bfloat16, this is meta in float32: use 'auto' or 'reference'",
     ),
+    ("tiny", ("model.fusion=triton",), (4, "0"), "model.fusion = 'triton' needs a GPU and triton, this is meta: use 'auto' or 'reference'"),
 ]
 
 

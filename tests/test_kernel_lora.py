@@ -4,13 +4,10 @@ The kernels are interpreted in a child process, as test_kernel_packing.py says; 
 interpreter multiplies bf16's bits as integers, so they run in fp32 and fp16 there; on a GPU in fp16 and bf16.
 """
 
-import importlib.util
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import Results, run_interpreted
+from interpreted import Results, bench_module, fenced, name_of, run_interpreted
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -86,27 +83,6 @@ DROPOUTS = {
 }
 
 
-@contextmanager
-def fenced(wrong: list[str]) -> Iterator[None]:
-    """Puts a fence after all memory that is asked for meanwhile, and says when one was written over."""
-    fences: list[Tensor] = []
-    plain = Tensor.new_empty
-
-    def new_empty(x: Tensor, *shape: int, **other: Any) -> Tensor:
-        if set(other) - {"dtype"}:  # it is the interpreter who asks
-            return plain(x, *shape, **other)
-        size = math.prod(shape)
-        whole = plain(x, size + 10_000, **other).fill_(77)
-        whole[:size] = math.nan  # what is not written, or multiplied by zero, shows
-        fences.append(whole[size:])
-        return whole[:size].view(shape)
-
-    with mock.patch.object(Tensor, "new_empty", new_empty):
-        yield
-    if not all(bool((fence == 77).all()) for fence in fences):
-        wrong.append("memory after a result was written over")
-
-
 def lora_faults(case: LoraCase, dtype: torch.dtype, dropped: str, way: str, device: torch.device = CPU) -> list[str]:
     """y and all gradients: their error may be twice the reference's own in this dtype."""
     dropout, args = DROPOUTS[dropped], inputs(case, dtype=dtype, device=device)
@@ -154,10 +130,6 @@ def mask_faults(seed: int, token: int, channel: int, device: torch.device = CPU)
     (da,) = torch.autograd.grad(lora_down(x, [many], dropout), many.a, torch.eye(tokens, dtype=dtype, device=device))  # dA = x̃
     expected = keep * torch.tensor(dropout.scale, dtype=dtype, device=device)
     return [name for name, found in (("down", down), ("dx", dx), ("dA", da)) if not torch.equal(found, expected)]
-
-
-def name_of(*parts: Any) -> str:
-    return " ".join(getattr(part, "name", str(part).removeprefix("torch.")) for part in parts)
 
 
 SMALL = [case for case in LORA if not case.bench]
@@ -567,14 +539,7 @@ def test_path_tells_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """bench.py as a module."""
-    spec = importlib.util.spec_from_file_location("bench", KERNELS / "bench.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench", module)  # dataclasses look their module up
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec.loader.exec_module(module)
-    return module
+    return bench_module(monkeypatch)
 
 
 def test_bench_rehearses(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,25 +3,21 @@
 The kernels are interpreted in a child process, as test_kernel_packing.py says; this file run as a program is that child.
 """
 
-import importlib.util
 import itertools
 import json
 import logging
-import math
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import Results, run_interpreted
+from interpreted import Results, bench_module, compiled_for_hopper, fenced, name_of, run_interpreted
 from torch import Tensor
 
 from megamod_kernels import nf4
@@ -149,26 +145,6 @@ def test_numbers_that_are_small_large_or_none(bnb: ModuleType, dtype: torch.dtyp
 # ---- kernels against references: run in the child, and on a GPU
 
 
-@contextmanager
-def fenced(wrong: list[str]) -> Iterator[None]:
-    """Puts a fence after all memory that is asked for meanwhile, and says when one was written over."""
-    fences: list[Tensor] = []
-    plain = Tensor.new_empty
-
-    def new_empty(x: Tensor, *shape: int, **other: Any) -> Tensor:
-        if set(other) - {"dtype"}:  # it is the interpreter who asks
-            return plain(x, *shape, **other)
-        size = math.prod(shape)
-        memory = plain(x, size + 10_000, **other).fill_(77)
-        fences.append(memory[size:])
-        return memory[:size].view(shape)
-
-    with mock.patch.object(Tensor, "new_empty", new_empty):
-        yield
-    if not all(bool((fence == 77).all()) for fence in fences):
-        wrong.append("memory after a result was written over")
-
-
 def faults(case: Nf4Case, dtype: torch.dtype, quant_type: QuantType, device: torch.device = CPU) -> list[str]:
     """All three, bit for bit."""
     wrong: list[str] = []
@@ -208,10 +184,6 @@ CHECKS += [
 ]
 
 
-def name_of(case: Nf4Case, dtype: torch.dtype, quant_type: QuantType) -> str:
-    return f"{case.name} {str(dtype).removeprefix('torch.')} {quant_type}"
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> Results:
     """What the child found, by check."""
@@ -235,20 +207,7 @@ def test_compiled_kernel_equals_its_reference(args: tuple[Nf4Case, torch.dtype, 
     assert faults(*args, device=device) == []
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
-    """A kernel's PTX for compute capability 9.0; of what launches give it, numbers are multiples of 16 and pointers of 16 bytes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    even = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
-    ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False, "num_warps": 4}).asm["ptx"]
-    return ptx
-
-
+compiled = partial(compiled_for_hopper, fuse=False, num_warps=4)
 POINTERS = {"data": "*u8", "nested": "*fp32", "dynamic": "*fp32", "offset": "*fp32", "code": "*fp32", "limits": "*fp32", "order": "*i32"}
 ONES = dict.fromkeys(("n", "width", "start", "stride", "M", "row", "tiles", "whole"), 1)  # triton compiles ones in
 needs_compiler = pytest.mark.skipif(nf4.triton is None or nf4.INTERPRETED, reason="nothing to compile with")
@@ -268,10 +227,10 @@ def test_kernels_compile_for_a_gpu(
     types = {**POINTERS, "absmax": "*u8" if double else "*fp32", "out": f"*{dtype}"}
     none = {} if double else {"nested": None, "offset": None}
     counts = ONES if ones else {}
-    read = compiled(nf4._dequantize_kernel, types, {**sizes, "DOUBLE": double, **none, **counts})
+    read = compiled(nf4._dequantize_kernel, types, {**sizes, "DOUBLE": double, **none, **counts}).asm["ptx"]
     types = {**POINTERS, "x": f"*{dtype}", "absmax": "*fp32", "out": "*u8"}
-    made = compiled(nf4._quantize_kernel, types, {**sizes, "PARTIAL": unit == 1, **counts})
-    most = compiled(nf4._absmax_kernel, {"x": f"*{dtype}", "found": "*i32"}, {"SIZE": 64, "BLOCKS": 64, **counts})
+    made = compiled(nf4._quantize_kernel, types, {**sizes, "PARTIAL": unit == 1, **counts}).asm["ptx"]
+    most = compiled(nf4._absmax_kernel, {"x": f"*{dtype}", "found": "*i32"}, {"SIZE": 64, "BLOCKS": 64, **counts}).asm["ptx"]
     if ones:
         return
     if unit == 16:
@@ -436,12 +395,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """bench.py as a module, with small cases for its clock too."""
-    spec = importlib.util.spec_from_file_location("bench", Path(nf4.__file__).parents[1] / "bench.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench", module)  # dataclasses look their module up
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec.loader.exec_module(module)
+    module = bench_module(monkeypatch)
     monkeypatch.setattr(
         module.cases, "NF4", [*SMALL, *(replace(SMALL[2], label=name, bench=True) for name in ("o_proj tp1", "down_proj tp8"))]
     )

@@ -4,7 +4,6 @@ Here the kernels run on the CPU, interpreted by triton, in one child process: TR
 this process may have triton already. Run as a program this file is that child. On a GPU the same checks run compiled.
 """
 
-import importlib.util
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import Results, run_interpreted
+from interpreted import Results, bench_module, name_of, run_interpreted
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -161,10 +160,6 @@ def pad_faults(case: PadCase, dtype: torch.dtype, device: torch.device = CPU) ->
                 pairs[name] = (leaves[0].grad, leaves[1].grad)
         wrong += [f"{name}, L {longest}, T {total}" for name, (a, b) in pairs.items() if a.dtype != b.dtype or not torch.equal(a, b)]
     return wrong
-
-
-def name_of(*parts: Any) -> str:
-    return " ".join(getattr(part, "name", str(part).removeprefix("torch.")) for part in parts)
 
 
 SMALL_ROPE, SMALL_PAD = ([case for case in cases if not case.bench] for cases in (ROPE, PAD))
@@ -459,15 +454,7 @@ def test_bench_rehearses_as_a_program_also_without_triton() -> None:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """bench.py as a module."""
-    spec = importlib.util.spec_from_file_location("bench", KERNELS / "bench.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench", module)  # dataclasses look their module up
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec.loader.exec_module(module)
-    return module
+    return bench_module(monkeypatch)
 
 
 def test_bench_without_a_gpu_says_so_in_one_line(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ GRIDS = [
     P(), P(tp=2), P(tp=2, sp=True), P(tp=4), P(tp=4, sp=True), P(pp=2), P(tp=2, pp=2), P(tp=2, pp=2, sp=True), P(tp=4, pp=2, sp=True),
     P(cp=2), P(pp=2, cp=2), P(tp=2, cp=2), P(tp=2, cp=2, sp=True), P(tp=2, pp=2, cp=2, sp=True), P(pp=2, vpp=2),
     P(tp=2, pp=2, vpp=2, sp=True), P(tp=4, cp=2), P(tp=4, cp=2, sp=True), P(tp=8, sp=True), P(pp=4),
+    P(tp=2, cp=2, sp=True, shard_base=True), P(pp=2, vpp=2, shard_base=True),
 ]  # fmt: skip
 RECOMPUTE = [("none", None), ("full", None), ("selective", ("core_attn", "mlp"))]
 ADAPTERS = {
@@ -85,7 +86,9 @@ def check(cases: list[LoraCase], expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", range(len(GRIDS)), ids=lambda n: f"{GRIDS[n].tp}-{GRIDS[n].pp}-{GRIDS[n].vpp}-{GRIDS[n].cp}-{GRIDS[n].sp}"
+    "number",
+    range(len(GRIDS)),
+    ids=lambda n: f"{GRIDS[n].tp}-{GRIDS[n].pp}-{GRIDS[n].vpp}-{GRIDS[n].cp}-{GRIDS[n].sp}" + "-sliced" * GRIDS[n].shard_base,
 )
 def test_grid(number: int, expected: str) -> None:
     """tp, pp, vpp, cp, sp: loss and every gradient of A, B, magnitudes and whole copies."""

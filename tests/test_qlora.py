@@ -37,6 +37,7 @@ TOLERANCE = 1e-11
 GRIDS = [
     P(), P(tp=2), P(tp=2, sp=True), P(tp=4), P(pp=2), P(tp=2, pp=2, sp=True), P(tp=4, pp=2, sp=True), P(cp=2), P(tp=2, cp=2, sp=True),
     P(tp=2, pp=2, cp=2, sp=True), P(pp=2, vpp=2), P(tp=2, pp=2, vpp=2, sp=True), P(tp=8, sp=True), P(pp=4),
+    P(tp=2, cp=2, sp=True, shard_base=True), P(pp=2, vpp=2, shard_base=True),
 ]  # fmt: skip
 RECOMPUTE = [("none", None), ("full", None), ("selective", ("core_attn", "mlp"))]
 ADAPTERS = {
@@ -74,7 +75,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    "number", range(len(GRIDS)), ids=lambda n: f"{GRIDS[n].tp}-{GRIDS[n].pp}-{GRIDS[n].vpp}-{GRIDS[n].cp}-{GRIDS[n].sp}"
+    "number",
+    range(len(GRIDS)),
+    ids=lambda n: f"{GRIDS[n].tp}-{GRIDS[n].pp}-{GRIDS[n].vpp}-{GRIDS[n].cp}-{GRIDS[n].sp}" + "-sliced" * GRIDS[n].shard_base,
 )
 def test_grid(number: int, expected: str) -> None:
     """Loss and every gradient on each grid: without FULL three of the combinations, with recomputation by turns."""
@@ -109,7 +112,11 @@ def test_ten_steps(adapter: str, grid: P, tmp_path: Path) -> None:
         assert max(norm, weight) <= TOLERANCE
 
 
-@pytest.mark.parametrize("grid", [P(tp=2, pp=2, sp=True), P(tp=2, cp=2), P(tp=4, sp=True)], ids=["tp-pp-sp", "tp-cp", "tp-sp"])
+@pytest.mark.parametrize(
+    "grid",
+    [P(tp=2, pp=2, sp=True), P(tp=2, cp=2), P(tp=4, sp=True), P(tp=2, pp=2, shard_base=True)],
+    ids=["tp-pp-sp", "tp-cp", "tp-sp", "tp-pp-sliced"],
+)
 def test_dpo(grid: P, tmp_path: Path) -> None:
     """DPO on a base in 4 bits, which is the reference: loss and every gradient."""
     model, cfg, q = "qwen2-1kv", ADAPTERS["all"], QUANTIZATIONS[0]

@@ -314,7 +314,7 @@ def test_learning_rate(cfg: OptimConfig, at: dict[int, float]) -> None:
 @pytest.mark.parametrize(("pattern", "words"), [("nrom", "'nrom' matches no tensor"), ("norm(", "is no regular expression")])
 def test_unknown_no_decay_pattern(pattern: str, words: str) -> None:
     with pytest.raises(MegamodError, match=re.escape(words)):
-        optim.check(OptimConfig(no_decay=("embed", pattern)), list(hf_shapes(tiny.shape("qwen2"))))
+        optim.check(OptimConfig(no_decay=("embed", pattern)), list(hf_shapes(tiny.shape("qwen2"))), torch.device("cpu"), 1)
 
 
 def deterministic() -> list[Tensor]:

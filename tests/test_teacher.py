@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "config.json").write_text(json.dumps(about))
     generator = torch.Generator().manual_seed(3)
     save_file(
-        {name: 0.3 * torch.randn(*size, generator=generator) for name, size in hf_shapes(shape_of(about)).items()},
+        {name: 0.3 * torch.randn(*size, generator=generator) for name, size in sorted(hf_shapes(shape_of(about)).items())},
         made / "model.safetensors",
     )
     (root / "run.py").write_text(LOSS.format(CONFIGS, "distillation"))
@@ -83,7 +83,7 @@ def test_live_and_stored_are_one_teacher(folder: Path) -> None:
     for one, other in zip(live, kept, strict=True):
         for key in ("loss", "nll", "divergence"):  # stored in float32
             assert other[key] == pytest.approx(one[key], rel=1e-6), key
-        assert one["divergence"] > 0.01
+        assert one["divergence"] > 1e-3  # of models that have nothing in common, far above what is stored in float32
     assert live[0]["divergence"] != live[1]["divergence"]
     about = json.loads((folder / "stored" / "reference.json").read_text())
     assert about["top_k"] == 5

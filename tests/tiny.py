@@ -46,6 +46,14 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Models of experts, which are converted and not trained.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "head_dim": 8, "rope_theta": 1e6, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+}  # fmt: skip
+
 # Fewer heads than context-parallel ranks, which then gather keys and values.
 FEW_HEADS: dict[str, dict[str, Any]] = {
     "qwen3-2heads": {"model_type": "qwen3", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rope_theta": 1e6},
@@ -86,7 +94,7 @@ STREAMED: dict[str, dict[str, Any]] = {
 
 def config(name: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model."""
-    return {**BASE, **{**CONFIGS, **VISION, **FEW_HEADS, **SHALLOW, **SCORED, **STREAMED}[name], **changes}
+    return {**BASE, **{**CONFIGS, **VISION, **EXPERTS, **FEW_HEADS, **SHALLOW, **SCORED, **STREAMED}[name], **changes}
 
 
 @functools.cache

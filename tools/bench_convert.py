@@ -4,7 +4,7 @@
     python tools/bench_convert.py --gigabytes 4 --rounds 5 --work /scratch/bench
 
 A model of made-up bf16 weights, and one of half the size whose peak of private memory (RssAnon) must be the same. Each way is a process
-of its own, by turns, files in the page cache; its time begins when it has imported what it needs, and ends when the bytes are on disk
+of its own, by turns, files in the page cache; its time begins when Python has imported what it needs, and ends when the bytes are on disk
 (`cp` is also timed without that). Then both
 directions give the same bytes as they were, and a conversion that is killed at random moments ends with the same bytes. Prints a table
 and, as the last line, one JSON object; exit status 1 if a claim about bytes or memory fails.
@@ -42,7 +42,7 @@ COLLECT = """
 import sys, torch
 from safetensors import safe_open
 from pathlib import Path
-out = open(sys.argv[2], "wb")
+out = open(sys.argv[2] + ".part", "wb")
 tensors = {}
 for file in sorted(Path(sys.argv[1]).glob("*.safetensors")):
     with safe_open(file, framework="pt") as opened:
@@ -50,6 +50,7 @@ for file in sorted(Path(sys.argv[1]).glob("*.safetensors")):
 torch.save(tensors, out)
 out.flush()
 __import__("os").fsync(out.fileno())
+__import__("os").rename(out.name, sys.argv[2])
 """
 ALLOWED = 64 << 20  # bytes of private memory beside twice the largest fused tensor
 
@@ -105,7 +106,7 @@ def measure(work: Path, gigabytes: float, rounds: int, jobs: int) -> dict[str, o
         table.add_row(
             name, f"{one:.2f}", f"{total / one / 1e9:.2f}", *(f"{ratio:.2f}" for ratio in ratios), f"{private[name] / 1e6:.0f}", memory
         )
-    Console().print(table)
+    Console(width=140).print(table)
     held = all(private[name] <= 2 * fused + ALLOWED and private[name] - took.private < ALLOWED // 4 for name, took in again.items())
     return {
         "gigabytes": total / 1e9, "jobs": jobs, "seconds": seconds, "private": private, "fused": fused,
@@ -115,36 +116,42 @@ def measure(work: Path, gigabytes: float, rounds: int, jobs: int) -> dict[str, o
 
 def ways_of(work: Path, model: Path, jobs: int, name: str = "") -> dict[str, Callable[[], Took]]:
     """What is compared, by name. The third direction is the second's inverse, and reads what that has written."""
-    copy, pt, middle, back = (work / f"{kind}{name}" for kind in ("copy", "pt", "mcore", "hf"))
+    copy, pt, middle, back, bare, bare_back = (work / f"{kind}{name}" for kind in ("copy", "pt", "mcore", "hf", "bare", "bare-hf"))
+    copied = 'cp -r "$0" "$1" && sync "$1"/*'
     python = [sys.executable, "-c", COLLECT]
     return {
         "cp": lambda: run(["cp", "-r", str(model), str(copy)], copy),
-        "cp, synced": lambda: run(["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(model), str(copy)], copy),
+        "cp, synced": lambda: run(["sh", "-c", copied, str(model), str(copy)], copy),
         "collect, torch.save": lambda: run([*python, str(model), str(pt)], pt),
-        "Hugging Face → Megatron": lambda: run(tool("hf_to_mcore", model, middle, jobs), middle),
-        "Megatron → Hugging Face": lambda: run(tool("mcore_to_hf", middle, back, jobs), back),
+        "cp, synced, sha256sum": lambda: run(["sh", "-c", f'{copied}; cd "$1" && sha256sum * > SHA256SUMS', str(model), str(copy)], copy),
+        "HF → Megatron": lambda: run(tool("hf_to_mcore", model, middle, jobs), middle),
+        "Megatron → HF": lambda: run(tool("mcore_to_hf", middle, back, jobs), back),
+        "HF → Megatron, no sums": lambda: run([*tool("hf_to_mcore", model, bare, jobs), "--no-sums"], bare),
+        "Megatron → HF, no sums": lambda: run([*tool("mcore_to_hf", bare, bare_back, jobs), "--no-sums"], bare_back),
     }
 
 
 def tool(name: str, source: Path, out: Path, jobs: int) -> list[str]:
     """The command, as a user gives it."""
-    return [sys.executable, str(TOOLS / f"{name}.py"), str(source), str(out), "--jobs", str(jobs), "--shard-bytes", "1e9"]
+    return [sys.executable, str(TOOLS / f"{name}.py"), str(source), str(out), "--jobs", str(jobs), "--shard-bytes", "3e8"]
 
 
 def run(words: Sequence[str], out: Path) -> Took:
-    """A process, from where it begins to write to its end; `out` is removed before it."""
+    """A process, from where it begins to write until what it writes has its name; `out` is removed before it."""
     shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
     os.sync()
-    begun, most, first = time.perf_counter(), 0, None
-    there = (out, out.with_name(f".{out.name}.tmp"))
+    begun, most, first, ended = time.perf_counter(), 0, None, None
+    drafts = (out.with_name(f".{out.name}.tmp"), out.with_name(f"{out.name}.part"))
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             now = anonymous(process.pid)
             most = max(most, now)
-            if first is None and any(path.exists() for path in there):  # what it imports is there: its work begins
+            if first is None and any(path.exists() for path in drafts):  # what it imports is there: its work begins
                 begun, first = time.perf_counter(), now
+            elif first is not None and ended is None and out.exists():  # and ends: the interpreter is still to end
+                ended = time.perf_counter()
             time.sleep(0.002)
-        took = time.perf_counter() - begun
+        took = (ended or time.perf_counter()) - begun
         said = process.stderr.read() if process.stderr is not None else ""
     if process.returncode:
         raise MegamodError(f"{' '.join(words[:3])}: ended with {process.returncode}: {said.strip()[-300:]}")

@@ -32,7 +32,7 @@ from megamod.data.loader import Loader
 from megamod.memory import Peak
 from megamod.model.build import build, data_parallel
 from megamod.model.lora import Adapters, Fresh
-from megamod.model.nf4 import Segment
+from megamod.model.nf4 import Weight4bit
 from megamod.model.shape import read_shape
 from megamod.optim import Optimizer
 from megamod.parallel import grid as grids
@@ -51,14 +51,15 @@ def make_up(chunks: Sequence[nn.Module]) -> None:
                 param.zero_()
             else:
                 param.normal_(0, 0.02)
-        for segment in chunk.modules():
-            if isinstance(segment, Segment):
-                segment.data.random_(0, 256)
-                segment.absmax.random_(0, 256)
-                assert segment.nested is not None
-                assert segment.offset is not None
-                segment.nested.fill_(0.01)
-                segment.offset.fill_(0.05)  # blocks' largest numbers lie within .04 and .06
+        for weight in chunk.modules():
+            for segment in weight.segments if isinstance(weight, Weight4bit) else ():
+                made = segment.shard(weight.slices.own)
+                made.data.random_(0, 256)
+                made.absmax.random_(0, 256)
+                assert made.nested is not None
+                assert made.offset is not None
+                made.nested.fill_(0.01)
+                made.offset.fill_(0.05)  # blocks' largest numbers lie within .04 and .06
 
 
 @command

@@ -26,10 +26,11 @@ def main() -> None:
     if args.world < 1 or not (args.ranks == "all" or all(r.isdecimal() for r in args.ranks.split(","))):
         raise MegamodError(f"--world {args.world} --ranks {args.ranks}: a number of GPUs, and ranks such as 0,3 or 'all', were expected")
     ranks = range(args.world) if args.ranks == "all" else [int(r) for r in args.ranks.split(",")]
-    print("rank  place                            layers          parameters   weights  gradients  optimizer  micro-batches  seconds")
+    names = "  ".join(f"{name:>9}" for name in ("weights", "gradients", "optimizer", "host"))
+    print(f"rank  place                            layers          parameters  {names}  micro-batches  seconds")
     for rank in ranks:
         r = dry_run(cfg, shape, args.world, rank)
-        sizes = "  ".join(f"{n / 2**30:>7.2f}G" for n in (r.weight_bytes, r.gradient_bytes, r.optimizer_bytes))
+        sizes = "  ".join(f"{n / 2**30:>8.2f}G" for n in (r.weight_bytes, r.gradient_bytes, r.optimizer_bytes, r.host_bytes))
         layers = "+".join(map(str, r.layers))
         print(f"{r.rank:>4}  {r.place:<31}  {layers:<11}  {r.parameters:>13,}  {sizes}  {r.micro_batches:>13}  {r.seconds:>7.1f}")
 

@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     args = parser.parse_args(argv)
     dtype = peft.DTYPES[args.dtype] if args.dtype else None
-    print(f"checkpoint of Megatron-LM: {hf_to_mcore(args.model, args.out, dtype, shard_bytes=args.shard_bytes, jobs=args.jobs)}")
+    out = hf_to_mcore(args.model, args.out, dtype, shard_bytes=args.shard_bytes, jobs=args.jobs, sums=args.sums)
+    print(f"checkpoint of Megatron-LM: {out}")
     if args.verify:
         print(f"verified: {compare(args.model, args.out):,} bytes, every number")
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     args = parser.parse_args(argv)
     dtype = peft.DTYPES[args.dtype] if args.dtype else None
-    options = {"model": args.model, "shard_bytes": args.shard_bytes, "jobs": args.jobs}
+    options = {"model": args.model, "shard_bytes": args.shard_bytes, "jobs": args.jobs, "sums": args.sums}
     out, left_out = mcore_to_hf(args.checkpoint, args.out, dtype, **options)
     if left_out:
         print(f"left out, no weights: {len(left_out)}: {listed(left_out, 3)}")

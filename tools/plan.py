@@ -8,7 +8,8 @@ Each figure is predicted (by a formula that the tests hold against measurement),
 and save what one micro-batch's forward pass saves; without a pipeline), or never measured (it wants GPUs that nobody had).
 
 --fit tries grids, micro-batches and ways to recompute for the run's model, rows and loss, prints the best, and why each other kind lost.
-Nothing here is offloaded to the host, so no plan is either. What does not fit is an error, which says the nearest that does.
+What does not fit so is tried with the base in slices (parallel.shard_base), and with masters and moments on the host (optim.offload). A
+configuration that does not fit is an error, which says the nearest that does.
 """
 
 import argparse
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, help="GiB of a GPU, where it is not the data sheet's")
     parser.add_argument("--efficiency", type=float, help=f"of the GPU's peak (default: {Hardware.efficiency})")
     parser.add_argument("--network", type=float, help="GB/s that a GPU sends to other nodes (default: 50)")
+    parser.add_argument(
+        "--host", type=float, help="GB/s that a rank's processor reads and writes as it updates what is offloaded (default: 10)"
+    )
     parser.add_argument("--node", type=int, help=f"GPUs of a node (default: {Hardware.node})")
     parser.add_argument("--documents", type=float, help="tokens of a document, on average (default: the made-up data's, or 200)")
     parser.add_argument("--labelled", type=float, help="share of the tokens with a label (default: the made-up data's, or 0.08)")
@@ -88,6 +92,7 @@ def hardware_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[int, Hardware
         "memory": None if args.memory is None else args.memory * GIB,
         "efficiency": args.efficiency,
         "network": None if args.network is None else args.network * 1e9,
+        "host": None if args.host is None else args.host * 1e9,
         "node": args.node,
     }
     for option, value in {"world": world, **changed}.items():
@@ -121,6 +126,8 @@ def show(found: Planned, longest: int | None, hardware: Hardware) -> None:
     row("a rank's weights", size(h.weight_bytes), "predicted", f"{h.parameters:,}, of which {h.trained:,} are trained; pp {found.stage}")
     row("gradients", size(h.gradient_bytes), "predicted", "in flat buffers")
     row("masters and moments", size(h.master_bytes + h.moment_bytes), "predicted", "this rank's share of dp × cp")
+    if h.host_bytes:
+        row("on the host", size(h.host_bytes), "predicted", "masters, moments and gradients of this rank's share of dp × cp")
     row("activations", size(found.activations), "predicted", f"of {found.in_flight} micro-batches' chunks in flight")
     row("a layer's backward pass", size(found.working), "never measured", "beyond what is saved; counts where the head's is less")
     if found.head:
@@ -148,9 +155,9 @@ def searched(cfg: RunConfig, model: Model, world: int, hardware: Hardware, docum
     found, lost = plan.fit(cfg, model, world, hardware, documents)
     print(f"{world} × {hardware.name} · {cfg.data.rows_per_step} rows of {cfg.data.row_length:,} tokens a step · all of it never measured")
     if found:
-        print(f"{'':<72}{'GiB':>6}{'tokens/s':>11}{'MFU':>6}  a step")
+        print(f"{'':<88}{'GiB':>6}{'tokens/s':>11}{'MFU':>6}  a step")
     for one in found[:BEST]:
-        print(f"{plan.said(one.cfg):<72}{one.bytes / GIB:>6.1f}{one.tokens_per_second:>11,.0f}{one.mfu:>6.0%}  {spent(one)}")
+        print(f"{plan.said(one.cfg):<88}{one.bytes / GIB:>6.1f}{one.tokens_per_second:>11,.0f}{one.mfu:>6.0%}  {spent(one)}")
     if found:
         print("the first one: " + " ".join(plan.changes(cfg, found[0].cfg) or ["the configuration as it is"]))
     for lesser in lost:

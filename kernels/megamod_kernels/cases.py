@@ -104,6 +104,42 @@ class Nf4Case:
         return self.size[0] * self.size[1]
 
 
+@dataclass(frozen=True)
+class RmsnormCase:
+    """x `[T, C]`, or with heads `[T, H, C]`, of a fused `[T, H + 2, C]`."""
+
+    tokens: int
+    channels: int
+    heads: int = 0
+    bench: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"T{self.tokens} {f'H{self.heads} ' if self.heads else ''}C{self.channels}"
+
+    @property
+    def numbers(self) -> int:
+        return self.tokens * max(1, self.heads) * self.channels
+
+
+@dataclass(frozen=True)
+class SwigluCase:
+    """gate_up `[T, 2F]`."""
+
+    tokens: int
+    ffn: int
+    bench: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"T{self.tokens} F{self.ffn}"
+
+    @property
+    def numbers(self) -> int:
+        """In y."""
+        return self.tokens * self.ffn
+
+
 def _nf4_72b(tp: int) -> list[Nf4Case]:
     """The last rank's part of the three largest kinds of weights: cut by rows, by columns, and by columns inside blocks."""
     rows, columns, inside = (29568 // tp, 8192), (8192, 8192 // tp), (8192, 29568 // tp)
@@ -171,4 +207,24 @@ NF4 = [
     Nf4Case("a last block", (40, 120), (0, 0), (40, 120), 4096),
     Nf4Case("many blocks", (300, 64), (100, 0), (200, 64), 32),  # of several nested ones
     Nf4Case("none", (4, 64), (2, 0), (0, 64)),
+]
+# Sequence parallelism leaves a rank 1/tp of the tokens, tensor parallelism 1/tp of the heads and of ffn.
+RMSNORM = [
+    *(RmsnormCase(8192 // tp, 8192, bench=True) for tp in (1, 2, 4, 8)),
+    *(RmsnormCase(8192, 128, 64 // tp, bench=True) for tp in (1, 8)),  # q's heads, in the families that normalise them
+    RmsnormCase(1, 1),
+    RmsnormCase(17, 40),
+    RmsnormCase(700, 64),  # rows enough for a program to have several tiles
+    RmsnormCase(33, 128, 3),
+    RmsnormCase(5, 37, 2),  # no rows of 16 bytes
+    RmsnormCase(9, 4100),  # a row is more than a tile
+    RmsnormCase(0, 16),
+]
+SWIGLU = [
+    *(SwigluCase(8192, 29568 // tp, bench=True) for tp in (1, 2, 4, 8)),
+    SwigluCase(1, 1),
+    SwigluCase(17, 48),
+    SwigluCase(5, 231),  # 29568 / 128: odd, up begins nowhere even
+    SwigluCase(3, 4100),  # a token is more than a program, and the last one is not full
+    SwigluCase(0, 16),
 ]

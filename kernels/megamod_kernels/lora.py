@@ -51,7 +51,7 @@ GPU_COUNTERS = 1 << 24
 
 
 class Compact:
-    """A frozen weight that is kept in fewer bits than it is multiplied in, and made dense each time that it is.
+    """A frozen weight that is kept otherwise than it is multiplied, in fewer bits or in slices, and made dense each time that it is.
 
     Attributes:
         shape, dtype, device: of the dense weight.

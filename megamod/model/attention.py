@@ -76,7 +76,7 @@ class SelfAttentionSubmodules:
 
     linear_qkv: type | ModuleSpec
     linear_proj: type | ModuleSpec
-    norm: type  # of each head's q and k, in the families that have it
+    norm: type | ModuleSpec  # of each head's q and k, in the families that have it
 
 
 class SelfAttention(MegatronModule):
@@ -137,7 +137,7 @@ class SelfAttention(MegatronModule):
 
 
 def self_attention_spec(
-    column: type | ModuleSpec, row: type | ModuleSpec, norm: type, shape: Shape, grid: Grid, attend: Attend
+    column: type | ModuleSpec, row: type | ModuleSpec, norm: type | ModuleSpec, shape: Shape, grid: Grid, attend: Attend
 ) -> ModuleSpec:
     """What megatron-core's TransformerLayer builds in its self_attention slot."""
     return ModuleSpec(

@@ -1,4 +1,4 @@
-"""Two hardware questions, each answered once when the model is built, and said in the log: who attends, who multiplies."""
+"""Hardware questions, each answered once when the model is built, and said in the log: who attends, who multiplies, who does the rest."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megamod.errors import MegamodError
+from megamod_kernels import rmsnorm, swiglu
 
 # attend(q [T, H, D], k [T', K, D], v [T', K, D], documents) -> [T, H, D]: causal attention inside each document
 Attend = Callable[[Tensor, Tensor, Tensor, "Documents"], Tensor]
@@ -167,3 +168,32 @@ def linears(name: str, device: torch.device) -> tuple[type, type]:
     except (ImportError, OSError) as error:
         raise MegamodError(f"model.linear = 'transformer_engine': it cannot be imported ({error}): use 'megatron'") from None
     return TEColumnParallelLinear, TERowParallelLinear
+
+
+def overlap_tp(tokens: int, hidden: int, tp: int, device: torch.device) -> None:
+    """Give TransformerEngine the buffers through which its linears send `[tokens, hidden]` to `tp` ranks while they multiply.
+
+    Never run. Its own groups are of `tp` consecutive ranks, as the grid's are.
+
+    Raises:
+        MegamodError: it cannot be had.
+    """
+    if device.type != "cuda":
+        raise MegamodError("parallel.tp_comm_overlap needs GPUs: leave it out")
+    try:
+        from transformer_engine.pytorch.module.base import initialize_ub
+    except (ImportError, OSError) as error:
+        raise MegamodError(f"parallel.tp_comm_overlap: transformer_engine cannot be imported ({error}): leave it out") from None
+    initialize_ub(shape=[tokens, hidden], tp_size=tp, bootstrap_backend="nccl")
+
+
+def fusion(name: str, device: torch.device) -> str:
+    """What `model.fusion` comes to here, triton or reference: who adds residuals, normalises, and multiplies gates with what they gate.
+
+    Raises:
+        MegamodError: there are no kernels for this device.
+    """
+    here = rmsnorm.runs(device) and swiglu.runs(device)
+    if name == "triton" and not here:
+        raise MegamodError(f"model.fusion = 'triton' needs a GPU and triton, this is {device.type}: use 'auto' or 'reference'")
+    return ("triton" if here else "reference") if name == "auto" else name

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,6 +22,7 @@ from megamod.config import ModelConfig
 from megamod.model import backends
 from megamod.model.attention import PackedRow, self_attention_spec
 from megamod.model.head import Head, ScoreHead, Scores
+from megamod.model.layer import DecoderLayer, SwiGLU
 from megamod.model.lora import LINEARS, Saved
 from megamod.model.nf4 import Linears
 from megamod.model.norm import RMSNorm
@@ -110,6 +110,7 @@ def transformer_config(cfg: ModelConfig, shape: Shape, grid: Grid, deterministic
             qk_layernorm=shape.qk_norm,  # finalize_model_grads then sums q_ and k_layernorm gradients over tp
             gated_linear_unit=True,
             activation_func=F.silu,
+            use_te_activation_func=True,  # TransformerEngine's slot, where it is a module that makes gate and up one; ours is in it
             add_bias_linear=False,
             add_qkv_bias=shape.qkv_bias,
             hidden_dropout=0.0,
@@ -123,6 +124,7 @@ def transformer_config(cfg: ModelConfig, shape: Shape, grid: Grid, deterministic
             pipeline_model_parallel_layout=stages if grid.pp.size > 1 else None,
             context_parallel_size=grid.cp.size,
             sequence_parallel=grid.sp,
+            tp_comm_overlap=grid.tp_comm_overlap,  # read by TransformerEngine's linears alone
             # Interleaved stages send both ways at once. Batched, that deadlocks or, on gloo with two stages, mixes up messages
             # without an error; overlapped, each message has its own request. On meta tensors nothing can be batched.
             overlap_p2p_comm=grid.vpp > 1,
@@ -143,7 +145,7 @@ def transformer_config(cfg: ModelConfig, shape: Shape, grid: Grid, deterministic
 
 
 def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = False) -> tuple[list[Decoder], dict[str, str]]:
-    """This rank's chunks of the model, one per virtual stage, uninitialised; and who attends and multiplies, for the log.
+    """This rank's chunks of the model, one per virtual stage, uninitialised; and who computes what, for the log.
 
     Raises:
         MegamodError: a backend that cannot run here, or cannot do what the grid asks.
@@ -151,19 +153,20 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
     config = transformer_config(cfg, shape, grid, deterministic)
     attention_name, attend = backends.attention(cfg.attention, grid.device, DTYPES[cfg.dtype], deterministic)
     column, row = backends.linears(cfg.linear, grid.device)
+    fusion = backends.fusion(cfg.fusion, grid.device)
+    kernel = {"kernel": fusion == "triton"}
+    norm, activation = ModuleSpec(RMSNorm, params=kernel), ModuleSpec(SwiGLU, params=kernel)
     linears = Linears(shape, grid, DTYPES[cfg.dtype])
 
     def layer(number: int) -> ModuleSpec:
         qkv, proj, fc1, fc2 = (linears.linear(number, place, kind) for place, kind in zip(LINEARS, (column, row, column, row), strict=True))
         return ModuleSpec(
-            module=TransformerLayer,
+            module=DecoderLayer,
             submodules=TransformerLayerSubmodules(
-                input_layernorm=RMSNorm,
-                self_attention=self_attention_spec(qkv, proj, RMSNorm, shape, grid, attend),
-                self_attn_bda=get_bias_dropout_add,
-                pre_mlp_layernorm=RMSNorm,
-                mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
-                mlp_bda=get_bias_dropout_add,
+                input_layernorm=norm,
+                self_attention=self_attention_spec(qkv, proj, norm, shape, grid, attend),
+                pre_mlp_layernorm=norm,
+                mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(fc1, activation, fc2)),
             ),
         )
 
@@ -178,7 +181,7 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
                     shape,
                     grid,
                     config=config,
-                    transformer_layer_spec=TransformerBlockSubmodules(layers, RMSNorm),
+                    transformer_layer_spec=TransformerBlockSubmodules(layers, norm),
                     vocab_size=padded_vocab(shape.vocab, grid.tp.size),
                     max_sequence_length=shape.max_position,
                     pre_process=number == 0,
@@ -190,7 +193,8 @@ def build(cfg: ModelConfig, shape: Shape, grid: Grid, *, deterministic: bool = F
                     vp_stage=stage if grid.vpp > 1 else None,
                 )
             )
-    return chunks, {"attention": attention_name, "linear": cfg.linear if shape.quantization is None else str(shape.quantization)}
+    linear = cfg.linear if shape.quantization is None else str(shape.quantization)
+    return chunks, {"attention": attention_name, "linear": linear, "fusion": fusion}
 
 
 def data_parallel(chunks: Sequence[Decoder], grid: Grid, *, overlap: bool = False) -> list[DistributedDataParallel]:

@@ -3,12 +3,14 @@
 A rank keeps its share of each Hugging Face tensor as bitsandbytes would: codes of 4 bits, and for each block the largest number, which
 is a number of the *whole* tensor's block. A cut may fall inside a block; the values stay those of a single process. Nothing else is
 kept: a weight is made dense, in one buffer that all of a model's weights share, when it is multiplied with, once in a forward and once in
-the backward pass (DoRA's norm asks for it once more), and what autograd remembers of it are the codes.
+the backward pass (DoRA's norm asks for it once more), and what autograd remembers of it are the codes. All bytes of a fused weight lie
+one after the other, so that ranks may keep slices of them (model.shards), and one gather brings them together.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from megamod.errors import MegamodError
 from megamod.model.lora import LoraLinear
 from megamod.model.shape import Shape
+from megamod.model.shards import Buffer, Gathering, ShardedWeight, Slices, size_of
 from megamod.parallel.grid import Grid
 from megamod.weights.bitsandbytes import BitsAndBytes, four_bits
 from megamod.weights.load import Source
@@ -28,77 +31,66 @@ from megamod_kernels.lora import Compact
 from megamod_kernels.nf4 import Absmax, Lines, Shard
 
 
-class Buffer:
-    """The memory that dense weights take their turns in: as large as the largest of them, and one for a model."""
+class Field(NamedTuple):
+    """Where one of a segment's tensors lies among the bytes of a weight."""
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
+    first: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
-    def of(self, weight: Compact) -> Tensor:
-        """`[F, C]`, contiguous, uninitialised: whatever was in it before is gone."""
-        numel = weight.shape.numel()
-        held = self._memory
-        if held.numel() < numel or held.dtype is not weight.dtype or held.device != weight.device:
-            self._memory = torch.empty(numel, dtype=weight.dtype, device=weight.device)
-        return self._memory[:numel].view(weight.shape)
+    @property
+    def end(self) -> int:
+        return self.first + math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, stored: Tensor) -> Tensor:
+        """The view of a weight's bytes."""
+        return stored[self.first : self.end].view(self.dtype).view(self.shape)
 
 
-class Segment(nn.Module):
+class Segment:
     """This rank's share of one Hugging Face tensor: in 4 bits, or as it is where it is not to be converted.
 
     Args:
         piece: of the tensor, rows [row, row + F') of the fused weight.
-        quantization: None: it is kept as it is, in `like`'s dtype.
-        like: of the weight's dtype and device.
+        quantization: None: it is kept as it is.
+        dtype: of the weight.
+        first: where among the weight's bytes its own begin.
+
+    Attributes:
+        fields: data, absmax, nested and offset, as in Shard; or the one tensor that is not converted.
+        end: where its bytes end.
     """
 
-    dense: Tensor | None
-    data: Tensor
-    absmax: Tensor
-    nested: Tensor | None
-    offset: Tensor | None
-
-    def __init__(self, piece: Piece, quantization: Quantization | None, like: Tensor) -> None:
-        super().__init__()
+    def __init__(self, piece: Piece, quantization: Quantization | None, dtype: torch.dtype, first: int) -> None:
         self.piece, self.quantization = piece, quantization
         assert len(piece.shape) == len(piece.offset) == len(piece.size) == 2, "a linear's weight"
         self.lines = Lines.of(piece.shape, piece.offset, piece.size)
-        if quantization is None:
-            self.register_buffer("dense", like.new_empty(piece.size))
-            return
-        blocks = -(-self.lines.total // quantization.blocksize)
-        of_blocks = (self.lines.count, self.lines.touched(quantization.blocksize))
-        double = quantization.use_double_quant
-        self.register_buffer("dense", None)
-        self.register_buffer("data", like.new_empty(-(-piece.numel // 2), dtype=torch.uint8))
-        self.register_buffer("absmax", like.new_empty(of_blocks, dtype=torch.uint8 if double else torch.float32))
-        self.register_buffer("nested", like.new_empty(-(-blocks // nf4.NESTED), dtype=torch.float32) if double else None)
-        self.register_buffer("offset", like.new_empty((), dtype=torch.float32) if double else None)
+        kinds: list[tuple[tuple[int, ...], torch.dtype]] = [(piece.size, dtype)]
+        if quantization is not None:
+            blocks = -(-self.lines.total // quantization.blocksize)
+            of_blocks = (self.lines.count, self.lines.touched(quantization.blocksize))
+            kinds = [((-(-piece.numel // 2),), torch.uint8), (of_blocks, torch.float32)]
+            if quantization.use_double_quant:
+                kinds = [kinds[0], (of_blocks, torch.uint8), ((-(-blocks // nf4.NESTED),), torch.float32), ((), torch.float32)]
+        self.fields: list[Field] = []
+        for shape, kind in kinds:
+            self.fields.append(Field(first, shape, kind))
+            first = aligned(self.fields[-1].end)
+        self.end = first
 
-    @property
-    def shard(self) -> Shard:
-        """What is in 4 bits."""
+    def shard(self, stored: Tensor) -> Shard:
+        """What is in 4 bits, of a weight's bytes."""
         assert self.quantization is not None
-        q = self.quantization
-        return Shard(self.data, self.absmax, self.nested, self.offset, self.lines, q.blocksize, q.quant_type)
+        q, (data, absmax, *rest) = self.quantization, (field.of(stored) for field in self.fields)
+        nested, offset = rest or (None, None)
+        return Shard(data, absmax, nested, offset, self.lines, q.blocksize, q.quant_type)
 
-    def write(self, out: Tensor) -> None:
+    def write(self, stored: Tensor, out: Tensor) -> None:
         """Its values into `out` `[F', C']`."""
-        if self.dense is not None:
-            out.copy_(self.dense)
+        if self.quantization is None:
+            out.copy_(self.fields[0].of(stored))
         elif not out.is_meta:  # a dry run's has a shape, and no numbers
-            nf4.dequantize(self.shard, out)
-
-    @torch.no_grad()
-    def keep(self, shard: Shard) -> None:
-        """Take over what `shard` holds."""
-        self.data.copy_(shard.data)
-        self.absmax.copy_(shard.absmax)
-        if self.nested is not None and self.offset is not None:
-            assert shard.nested is not None
-            assert shard.offset is not None
-            self.nested.copy_(shard.nested)
-            self.offset.copy_(shard.offset)
+            nf4.dequantize(self.shard(stored), out)
 
 
 class Weight4bit(nn.Module, Compact):
@@ -107,36 +99,41 @@ class Weight4bit(nn.Module, Compact):
     Args:
         pieces: the Hugging Face tensors in it, one below the other.
         quantization: which of them are in 4 bits, and how.
-        size: F and C here.
         like: of the dense weight's dtype, on the device where it is to be.
         buffer: where it is made dense.
+        gathering: with whom its bytes are shared; None: they are all here.
     """
 
-    def __init__(self, pieces: Sequence[Piece], quantization: Quantization, size: tuple[int, int], like: Tensor, buffer: Buffer) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], quantization: Quantization, like: Tensor, buffer: Buffer, gathering: Gathering | None = None
+    ) -> None:
         super().__init__()
-        self.shape, self.dtype, self.device = torch.Size(size), like.dtype, like.device
+        self.shape, self.dtype, self.device = size_of(pieces), like.dtype, like.device
         self._buffer = buffer
-        kinds = [quantization if quantization.converts(piece.hf.removesuffix(".weight")) else None for piece in pieces]
-        self.segments = nn.ModuleList(Segment(piece, kind, like) for piece, kind in zip(pieces, kinds, strict=True))
+        buffer.announce(self.shape.numel() * self.dtype.itemsize)
+        self.segments: list[Segment] = []
+        for piece in pieces:
+            kind = quantization if quantization.converts(piece.hf.removesuffix(".weight")) else None
+            self.segments.append(Segment(piece, kind, like.dtype, self.segments[-1].end if self.segments else 0))
+        self.slices = Slices(self.segments[-1].end, like.to(torch.uint8), gathering)
+        self.buffers_shared = (buffer, *(gathering.buffers if gathering is not None else ()))
 
     def dense(self) -> Tensor:
         """`[F, C]` in the model's buffer; good until another weight of the model is made dense."""
-        whole = self._buffer.of(self)
+        stored, whole = self.slices.whole(), self._buffer.of(self.shape, self.dtype, self.device)
         for segment in self.segments:
-            assert isinstance(segment, Segment)
-            segment.write(segment.piece.of(whole))
+            segment.write(stored, segment.piece.of(whole))
         return whole
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes here, without the buffer's."""
-        return sum(held.nbytes for held in self.buffers())
+        """Bytes that it takes here, without the buffers'."""
+        return self.slices.own.nbytes
 
     def values(self, piece: Piece) -> Tensor:
-        """`[F', C]` of one of its tensors, in memory of its own."""
-        segment = self._segment(piece)
+        """`[F', C]` of one of its tensors, in memory of its own; all ranks that share it call this."""
         out = torch.empty(piece.size, dtype=self.dtype, device=self.device)
-        segment.write(out)
+        self._segment(piece).write(self.slices.whole(), out)
         return out
 
     @torch.no_grad()
@@ -151,23 +148,35 @@ class Weight4bit(nn.Module, Compact):
         """
         segment, box = self._segment(piece), (piece.hf, piece.offset, piece.size)
         held = four_bits(source)
-        if segment.dense is not None:
-            segment.dense.copy_(source.read(*box))
+        if segment.quantization is None:
+            self._keep(segment, source.read(*box))
         elif isinstance(held, BitsAndBytes):
             shard = held.shard(*box)
             assert shard is not None, "the shape's quantization is the directory's"
-            segment.keep(shard)
+            self._keep(segment, shard.data, shard.absmax, shard.nested, shard.offset)
         else:  # what is to be quantised is read as it is
             plain = held.source if held is not None else source
-            segment.keep(_quantized(segment, partial(plain.read, *box), grid))
+            shard = _quantized(segment, partial(plain.read, *box), grid)
+            self._keep(segment, shard.data, shard.absmax, shard.nested, shard.offset)
+
+    def _keep(self, segment: Segment, *tensors: Tensor | None) -> None:
+        """Take over a segment's tensors."""
+        for field, tensor in zip(segment.fields, (x for x in tensors if x is not None), strict=True):
+            assert tensor.numel() == math.prod(field.shape)
+            self.slices.keep(field.first, tensor.to(field.dtype).contiguous().view(-1).view(torch.uint8))
 
     def _segment(self, piece: Piece) -> Segment:
-        return next(segment for segment in self.segments if isinstance(segment, Segment) and segment.piece == piece)
+        return next(segment for segment in self.segments if segment.piece == piece)
+
+
+def aligned(count: int) -> int:
+    """Bytes up to a multiple of 16: the kernels read so many at once."""
+    return -(-count // 16) * 16
 
 
 def _quantized(segment: Segment, read: Callable[[], Tensor], grid: Grid) -> Shard:
     """This rank's share in 4 bits of a tensor of which every tp rank reads its own."""
-    lines, q, device = segment.lines, segment.quantization, segment.data.device
+    lines, q, device = segment.lines, segment.quantization, grid.device
     assert q is not None
     absmax, fault = torch.zeros(-(-lines.total // q.blocksize), dtype=torch.float32, device=device), None
     try:
@@ -189,41 +198,46 @@ def _quantized(segment: Segment, read: Callable[[], Tensor], grid: Grid) -> Shar
     return Shard(data, known.of(lines, q.blocksize), known.nested, known.offset, lines, q.blocksize, q.quant_type)
 
 
-class Linear4bit(LoraLinear):
-    """A column- or row-parallel linear with its weight in 4 bits, as megatron-core's layers make their linears.
+class FrozenLinear(LoraLinear):
+    """A column- or row-parallel linear whose weight is no parameter, as megatron-core's layers make their linears.
 
     Args:
         input_size, output_size: of the whole linear.
         config, bias, skip_bias_add: from megatron-core; what else it says is of no concern to a frozen weight.
         cut, name: as in LoraLinear.
-        pieces: of its weight, on this rank.
-        quantization, grid, like, buffer: see Weight4bit.
+        weight: makes it.
+        like: of its dtype, on the device where it is to be.
     """
 
     def __init__(
-        self, input_size: int, output_size: int, *, bias: bool, skip_bias_add: bool, cut: int, name: str, pieces: Sequence[Piece],
-        quantization: Quantization, grid: Grid, like: Tensor, buffer: Buffer, **_: Any,
+        self, input_size: int, output_size: int, *, bias: bool, skip_bias_add: bool, cut: int, name: str,
+        weight: Callable[[], Compact], grid: Grid, like: Tensor, **_: Any,
     ) -> None:  # fmt: skip
-        tp = grid.tp.size
-        size = (output_size // tp, input_size) if cut == 0 else (output_size, input_size // tp)
-        weight = Weight4bit(pieces, quantization, size, like, buffer)
-        own = nn.Parameter(like.new_empty(size[0]), requires_grad=False) if bias else None
-        super().__init__(weight, own, skip_bias_add, cut, name, grid)
+        tp, made = grid.tp.size, weight()
+        assert made.shape == ((output_size // tp, input_size) if cut == 0 else (output_size, input_size // tp))
+        own = nn.Parameter(like.new_empty(made.shape[0]), requires_grad=False) if bias else None
+        super().__init__(made, own, skip_bias_add, cut, name, grid)
 
 
 class Linears:
-    """Who multiplies in each place of a model: Linear4bit where the shape says so. All its weights share one buffer."""
+    """Who multiplies in each place of a model: FrozenLinear where a base is in 4 bits or kept in slices. All its weights share buffers."""
 
     def __init__(self, shape: Shape, grid: Grid, dtype: torch.dtype) -> None:
         self._quantization, self._grid, self._buffer = shape.quantization, grid, Buffer()
+        self._gathering = Gathering(grid.base_shards) if grid.base_shards is not None else None
         self._rows = {row.ours: row for row in table(shape)}
         self._like = torch.empty(0, dtype=dtype, device=grid.device)
 
     def linear(self, layer: int, place: str, plain: type) -> type | ModuleSpec:
-        """Who multiplies in `place` of `layer`, which counts from 0: `plain`, where nothing there is in 4 bits."""
+        """Who multiplies in `place` of `layer`, which counts from 0: `plain`, where nothing there is in 4 bits or shared."""
         row, tp, q = self._rows[f"decoder.layers.{{}}.{place}.weight"], self._grid.tp, self._quantization
         own = pieces(row, tp.size, tp.rank, layer)
-        if q is None or not any(q.converts(piece.hf.removesuffix(".weight")) for piece in own):
+        weight: Callable[[], Compact]
+        if q is not None and any(q.converts(piece.hf.removesuffix(".weight")) for piece in own):
+            weight = partial(Weight4bit, own, q, self._like, self._buffer, self._gathering)
+        elif self._gathering is not None:
+            weight = partial(ShardedWeight, own, self._like, self._gathering)
+        else:
             return plain
-        said = {"name": f"decoder.layers.{layer}.{place}", "cut": row.parts[0].cut, "pieces": own, "quantization": q}
-        return ModuleSpec(module=Linear4bit, params={**said, "grid": self._grid, "like": self._like, "buffer": self._buffer})
+        said = {"name": f"decoder.layers.{layer}.{place}", "cut": row.parts[0].cut, "weight": weight}
+        return ModuleSpec(module=FrozenLinear, params={**said, "grid": self._grid, "like": self._like})

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megamod_kernels.rmsnorm import rmsnorm, rmsnorm_residual
 
 
 class RMSNorm(nn.Module):
@@ -14,15 +15,20 @@ class RMSNorm(nn.Module):
         config: megatron-core's TransformerConfig, for the dtype, the device and whether activations are split over tp.
         hidden_size: length of the last axis.
         eps: ε.
+        kernel: whether by megamod_kernels' kernel.
     """
 
-    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+    def __init__(self, config: Any, hidden_size: int, eps: float, kernel: bool) -> None:
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         # Each tp rank then sees other tokens: finalize_model_grads sums the gradient of what is marked so.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
+        self.eps, self.kernel = eps, kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rmsnorm(x, self.weight, self.eps, kernel=self.kernel)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and the sum, which is the next residual; without a residual it is x, to be used in x's place."""
+        return rmsnorm_residual(x, residual, self.weight, self.eps, kernel=self.kernel)

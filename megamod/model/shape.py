@@ -362,7 +362,7 @@ def _experts_of(config: Json) -> Experts:
     count, each, ffn = (_get(config, key, int) for key in (number, "num_experts_per_tok", "moe_intermediate_size"))
     if not each <= count <= MOST_EXPERTS:
         raise ConfigJsonError(
-            f"num_experts = {count}, num_experts_per_tok = {each}: at most {MOST_EXPERTS}, and no more a token, were expected"
+            f"{number} = {count}, num_experts_per_tok = {each}: at most {MOST_EXPERTS}, and no more a token, were expected"
         )
     return Experts(count, each, ffn)
 

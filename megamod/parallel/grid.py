@@ -53,8 +53,10 @@ class Grid:
     kv_gather: Axis | None  # of cp, those that hold the same heads of other stretches, when cp exceeds what the heads allow
     dp: Axis  # data parallelism: different rows
     dp_cp: Axis  # dp × cp: the ranks over which gradients are summed and the optimizer is sharded
+    base_shards: Axis | None  # of dp × cp, when each rank keeps a slice of the frozen base that all of them need; else None
     vpp: int  # model chunks per pipeline rank
     sp: bool
+    tp_comm_overlap: bool  # whether linears send to tp's ranks while they multiply
     layers_per_stage: tuple[int, ...]  # decoder layers of the pp × vpp stages, in pipeline order
     device: torch.device
     groups: ProcessGroupCollection
@@ -71,6 +73,7 @@ class Grid:
 
     def __str__(self) -> str:
         extra = (f" · vpp {self.vpp}" if self.vpp > 1 else "") + (" · sp" if self.sp else "")
+        extra += f" · base in {self.base_shards.size} slices" if self.base_shards is not None else ""
         cp = f"{self.cp.size}" + (f" (ulysses {self.ulysses.size} × {self.kv_gather.size})" if self.kv_gather is not None else "")
         return f"tp {self.tp.size} · pp {self.pp.size} · cp {cp} · dp {self.dp.size}{extra}"
 
@@ -91,6 +94,9 @@ def check(cfg: "ParallelConfig", shape: Shape, world: int) -> tuple[int, ...]:
         below = world // ranks * ranks
         near = f"{below} or {below + ranks}" if below else f"{ranks}"
         raise MegamodError(f"tp {cfg.tp} × pp {cfg.pp} × cp {cfg.cp} = {ranks} does not divide {world} ranks: launch {near}")
+    if cfg.shard_base and world == cfg.tp * cfg.pp:
+        more = f"launch {2 * world} ranks" + (" or use a smaller tp or pp" if world > 1 else "")
+        raise MegamodError(f"parallel.shard_base: dp × cp is 1, and nobody shares a rank's part of the base: {more}")
 
     def fits_tp(n: int) -> bool:
         kv = shape.kv_heads % n == 0 or n % shape.kv_heads == 0
@@ -210,7 +216,7 @@ def start(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.devi
     def axis(group: dist.ProcessGroup) -> Axis:
         return Axis(group.size(), group.rank(), group)
 
-    tp = axis(groups.tp)
+    tp, dp_cp = axis(groups.tp), axis(groups.dp_cp)
     ulysses, kv_gather = _halves_of_cp(cfg, shape, axis(groups.cp), world)
     return Grid(
         rank=dist.get_rank(),
@@ -221,9 +227,11 @@ def start(cfg: "ParallelConfig", shape: Shape, seed: int = 1, device: torch.devi
         ulysses=ulysses,
         kv_gather=kv_gather,
         dp=axis(groups.dp),
-        dp_cp=axis(groups.dp_cp),
+        dp_cp=dp_cp,
+        base_shards=dp_cp if cfg.shard_base else None,
         vpp=cfg.vpp,
         sp=cfg.sp,
+        tp_comm_overlap=cfg.tp_comm_overlap,
         layers_per_stage=split,
         device=device,
         groups=groups,

@@ -2,8 +2,9 @@
 
 What is written is a list of files, each of them tensors, each of these boxes of a source's tensors one after the other. What lies in one
 piece in a source's file, in the same dtype, the kernel copies from file to file; the rest is read and converted BLOCK bytes at a time.
-Whatever the model's size, memory holds a few blocks. Several files are written at a time, so that one is read while another is written.
-A file gets its name when it is whole and synced, and the directory its own when all are; after a kill the same command goes on.
+Whatever the model's size, memory holds a few blocks. Several files are in work at a time: one is read while another is written and a
+third waits for the disk. A file gets its name when it is whole and synced, and the directory its own when all are; after a kill the same
+command goes on.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +37,8 @@ from megamod.files import finish, locked, replace_text, sync
 from megamod.model.shape import Shape, read_config, read_shape, score_from_json
 from megamod.weights import checksums, mcore, peft, torch_dist
 from megamod.weights.bitsandbytes import says_four_bits
-from megamod.weights.export import begin, refuse_taken, write_index
-from megamod.weights.load import DTYPES, Extent, InFiles, Safetensors, Source, check_keys, directories, verify
+from megamod.weights.export import begin, dealt, in_order, refuse_taken, write_index
+from megamod.weights.load import DTYPES, EMBEDDING, HEAD, Extent, InFiles, Safetensors, Source, check_keys, check_tied, directories, verify
 from megamod.weights.table import hf_shapes
 from megamod.weights.torch_dist import Entry, TorchDist
 
@@ -69,51 +71,60 @@ class Made:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+NBYTES = attrgetter("nbytes")
 Record = dict[str, Any]  # JSON: what is known of a file that was written
 
 
 def hf_to_mcore(
-    model: str | Path, out: str | Path, dtype: torch.dtype | None = None, *, shard_bytes: int = 4_000_000_000, jobs: int = 4
+    model: str | Path,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    shard_bytes: int = 4_000_000_000,
+    jobs: int = 4,
+    sums: bool = True,
 ) -> Path:
     """Write the Hugging Face directory `model` as a checkpoint that Megatron-LM loads on any grid, and what else is in it to `out`/hf.
 
     Args:
         out: new, empty, or what the same call left when it was killed.
-        dtype: of the written tensors; None: each as it is, bit for bit.
+        dtype: of the written tensors; None: each as it is, bit for bit (of q, k and v in several dtypes, the one that holds them all).
         shard_bytes: a file holds at most so much, or a single larger tensor.
         jobs: files that are written at a time.
+        sums: whether checksums of what is read are compared, and those of what is written kept: most of what a conversion computes.
 
     Raises:
         MegamodError: tensors that do not match config.json, a model that Megatron-LM has no place for, a target that holds something,
             or a write that fails.
     """
     model, out = Path(model), Path(out)
-    shape, source = _hugging_face(model)
+    shape, source = _hugging_face(model, sums)
     slabs = mcore.slabs(shape)
     made = [
         Made(
             slab.names[0],
             slab.box[1],
-            dtype or source.dtype(slab.runs[0].hf),
+            dtype or reduce(torch.promote_types, {source.dtype(run.hf) for run in slab.runs}),
             tuple(_rows(run, source.shapes()[run.hf]) for run in slab.runs),
         )
         for slab in slabs
     ]
-    shards = _shards(made, shard_bytes)
+    shards = dealt(made, NBYTES, shard_bytes)
     files = {f"__{i}_0.distcp": shard for i, shard in enumerate(shards)}
-    plan = _plan(model, source, {"to": "mcore", "dtype": str(dtype), "shard_bytes": shard_bytes})
+    plan = _plan(model, source, {"to": "mcore", "dtype": str(dtype), "shard_bytes": shard_bytes, "sums": sums})
     with _resumable(out, plan) as draft:
         release = draft / torch_dist.RELEASE
         release.mkdir(exist_ok=True)
         states = list(mcore.extra_states(shape))
         write = {file: partial(_write_distcp, states=states if file == "__0_0.distcp" else ()) for file in files}
-        written = _write_all(source, files, release, write, jobs, "to Megatron")
+        written = _write_all(source, files, release, write, jobs, sums, "to Megatron")
         torch_dist.finish(release, *_entries(files, written, slabs), mcore.arguments(shape))
         shutil.rmtree(draft / COMPANIONS, ignore_errors=True)
         (draft / COMPANIONS).mkdir()
-        begin(draft / COMPANIONS, model, model, dtype or source.dtype("model.embed_tokens.weight"), {})
+        begin(draft / COMPANIONS, model, model, dtype or source.dtype(EMBEDDING), {})
         replace_text(draft / torch_dist.TRACKER, torch_dist.RELEASE)
-        checksums.seal(release, {file: record["sha256"] for file, record in written.items()})
+        if sums:
+            checksums.seal(release, {file: record["sha256"] for file, record in written.items()})
         sync(release)
     return out
 
@@ -126,12 +137,13 @@ def mcore_to_hf(
     model: str | Path | None = None,
     shard_bytes: int = 4_000_000_000,
     jobs: int = 4,
+    sums: bool = True,
 ) -> tuple[Path, list[str]]:
     """Write a checkpoint of Megatron-LM, or of a run of all weights, as a Hugging Face directory that stands alone.
 
     Args:
         path: a torch_dist directory, or <run>/checkpoints/step-….
-        out, shard_bytes, jobs: as in `hf_to_mcore`.
+        out, shard_bytes, jobs, sums: as in `hf_to_mcore`.
         dtype: of the written tensors; None: as they are, and of a run's fp32 masters as `model` has them.
         model: the Hugging Face directory whose config.json, tokenizer and licence are copied; None: what `path` brings or names.
 
@@ -142,19 +154,18 @@ def mcore_to_hf(
         MegamodError: as in `hf_to_mcore`; or a checkpoint that is damaged.
     """
     path, out = Path(path), Path(out)
-    origin, shape, source, left_out = _checkpoint(path, model)
+    origin, shape, source, left_out = _checkpoint(path, model, sums)
     dtype = dtype or (_dtype_of(origin) if isinstance(source, checkpoint.Masters) else None)
-    made = [
-        Made(name, size, dtype or source.dtype(name), (Box(name, (0,) * len(size), size),)) for name, size in _in_order(hf_shapes(shape))
-    ]
-    shards = [sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)) for shard in _shards(made, shard_bytes)]
+    made = [Made(name, size, dtype or source.dtype(name), (_whole(name, size),)) for name, size in _in_order(hf_shapes(shape))]
+    shards = [sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)) for shard in dealt(made, NBYTES, shard_bytes)]
     files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-    plan = _plan(path, source, {"to": "hf", "dtype": str(dtype), "shard_bytes": shard_bytes, "model": str(origin.resolve())})
+    plan = _plan(path, source, {"to": "hf", "dtype": str(dtype), "shard_bytes": shard_bytes, "sums": sums, "model": str(origin.resolve())})
     with _resumable(out, plan) as draft:
-        written = _write_all(source, files, draft, dict.fromkeys(files, _write_safetensors), jobs, "to Hugging Face")
+        written = _write_all(source, files, draft, dict.fromkeys(files, _write_safetensors), jobs, sums, "to Hugging Face")
         begin(draft, origin, origin, dtype or made[0].dtype, {}, shape.score)
         write_index(draft, {tensor.name: file for file, tensors in files.items() for tensor in tensors}, sum(t.nbytes for t in made))
-        checksums.seal(draft, {file: record["sha256"] for file, record in written.items()})
+        if sums:
+            checksums.seal(draft, {file: record["sha256"] for file, record in written.items()})
     return out, left_out
 
 
@@ -166,10 +177,10 @@ def compare(path: str | Path, out: str | Path, model: str | Path | None = None) 
     """
     path, out = Path(path), Path(out)
     if torch_dist.is_torch_dist(out):
-        shape, before = _hugging_face(path)
+        shape, before = _hugging_face(path, sums=False)
         after: Source = mcore.AsHuggingFace(TorchDist(out), shape, str(out))
     else:
-        _, shape, before, _ = _checkpoint(path, model)
+        _, shape, before, _ = _checkpoint(path, model, sums=False)
         after = Safetensors(out)
         check_keys(after, shape, str(out))
     sizes = _in_order(hf_shapes(shape))
@@ -177,7 +188,7 @@ def compare(path: str | Path, out: str | Path, model: str | Path | None = None) 
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, delay=3, mininterval=3) as progress:
         for name, size in sizes:
             dtype = after.dtype(name)
-            for box in _cut(Box(name, (0,) * len(size), size), dtype.itemsize):
+            for box in _cut(_whole(name, size), dtype.itemsize):
                 if not _same_bits(before.read(*box).to(dtype), after.read(*box)):
                     raise MegamodError(f"{out}: {name} is not what {path} has")
                 progress.update(math.prod(box.size) * dtype.itemsize)
@@ -185,7 +196,7 @@ def compare(path: str | Path, out: str | Path, model: str | Path | None = None) 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the two tools have alike: --dtype, --shard-bytes, --jobs, --verify."""
+    """What the two tools have alike: --dtype, --shard-bytes, --jobs, --no-sums, --verify."""
 
     def count(text: str) -> int:
         number = int(float(text))
@@ -196,6 +207,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=peft.DTYPES, help="of the written tensors; default: as they are")
     parser.add_argument("--shard-bytes", type=count, default=4_000_000_000, help="of a file at most, such as 1e9; default: %(default)s")
     parser.add_argument("--jobs", type=count, default=min(4, os.cpu_count() or 1), help="files written at a time; default: %(default)s")
+    none = f"no {checksums.SUMS}, of what is read or written: little is computed then"
+    parser.add_argument("--no-sums", dest="sums", action="store_false", help=none)
     parser.add_argument("--verify", action="store_true", help="read both again, and compare every number")
 
 
@@ -203,17 +216,21 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))  # torch.equal on numbers: a NaN is not one
 
 
-def _hugging_face(model: Path) -> tuple[Shape, Source]:
+def _hugging_face(model: Path, sums: bool) -> tuple[Shape, Source]:
     shape = read_shape(model, experts=True)
     if says_four_bits(model):
         raise MegamodError(f"{model}: in 4 bits, which Megatron-LM does not read: convert the model that it was made of")
     source = Safetensors(model)
     check_keys(source, shape, str(model))
-    verify(source)
+    if sums:
+        verify(source)
+    if shape.tied and HEAD in source.shapes():
+        for box in _cut(_whole(EMBEDDING, source.shapes()[EMBEDDING]), source.dtype(EMBEDDING).itemsize):
+            check_tied(source, box.offset, box.size, str(model))
     return shape, source
 
 
-def _checkpoint(path: Path, model: str | Path | None) -> tuple[Path, Shape, Source, list[str]]:
+def _checkpoint(path: Path, model: str | Path | None, sums: bool) -> tuple[Path, Shape, Source, list[str]]:
     """Where config.json and tokenizer come from, the shape, the weights by Hugging Face's names, and what else is there."""
     if (path / checkpoint.MANIFEST).is_file():
         masters = checkpoint.Masters(path)
@@ -229,7 +246,8 @@ def _checkpoint(path: Path, model: str | Path | None) -> tuple[Path, Shape, Sour
         what = f"neither a checkpoint of Megatron-LM ({torch_dist.METADATA}, or {torch_dist.TRACKER}) nor of a run ({checkpoint.MANIFEST})"
         raise MegamodError(f"{path}: {what}")
     found = TorchDist(path)
-    verify(found)
+    if sums:
+        verify(found)
     own = next((at / COMPANIONS for at in (path, found.directory.parent) if (at / COMPANIONS).is_dir()), None)
     if model is None and own is None:
         raise MegamodError(f"{path}: of which model is it? Say with --model where its config.json and tokenizer are")
@@ -259,27 +277,12 @@ def _rows(run: mcore.Run, size: tuple[int, ...]) -> Box:
     return Box(run.hf, (run.first, *(0 for _ in size[1:])), (run.rows, *size[1:]))
 
 
+def _whole(name: str, size: tuple[int, ...]) -> Box:
+    return Box(name, (0,) * len(size), size)
+
+
 def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
-    """As they are used: the embedding, layer by layer, the rest."""
-
-    def place(name: str) -> tuple[int, int]:
-        parts = name.split(".")
-        return (1, int(parts[2])) if parts[1] == "layers" else (0 if "embed" in name else 2, 0)
-
-    return sorted(shapes.items(), key=lambda item: place(item[0]))
-
-
-def _shards(made: Iterable[Made], shard_bytes: int) -> list[list[Made]]:
-    """Tensors dealt to files in their order."""
-    shards: list[list[Made]] = [[]]
-    room = shard_bytes
-    for tensor in made:
-        if shards[-1] and tensor.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
+    return sorted(shapes.items(), key=lambda item: in_order(item[0]))
 
 
 # --- a directory that comes into being, and goes on doing so after a kill -----------------------------------------------------
@@ -322,22 +325,22 @@ def _resumable(out: Path, plan: str) -> Iterator[Path]:
 
 
 def _write_all(
-    source: Source, files: Mapping[str, Sequence[Made]], directory: Path, write: Mapping[str, "Write"], jobs: int, doing: str
+    source: Source, files: Mapping[str, Sequence[Made]], directory: Path, write: Mapping[str, "Write"], jobs: int, sums: bool, doing: str
 ) -> dict[str, Record]:
     """Write the files that are not there yet, `jobs` at a time. Returns what is known of each."""
     state = next(at / STATE for at in (directory, directory.parent) if (at / STATE).is_dir())
     done = {file: record for file in files if (record := _recorded(state / f"{file}.json", directory / file)) is not None}
     size = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in files.items()}
-    stop = threading.Event()
-    numbers = _Numbers(source, stop)
+    stop, copying = threading.Event(), threading.Semaphore(jobs)  # of the files that are whole, as many more wait for the disk meanwhile
     with tqdm(total=sum(size.values()), desc=doing, unit="B", unit_scale=True, delay=3, mininterval=3) as progress:
         progress.update(sum(size[file] for file in done))
+        numbers = _Numbers(source, stop, progress.update)
 
         def one(file: str) -> Record:
             tensors = files[file]
             draft = directory / f".{file}.tmp"
-            with draft.open("wb", buffering=0) as opened:
-                sink = Sink(opened, progress.update)
+            with copying, draft.open("wb", buffering=0) as opened:
+                sink = Sink(opened, hashlib.sha256() if sums else None)
                 record = {**write[file](sink, tensors, numbers), "sha256": sink.digest(), "bytes": sink.tell()}
             finish(draft)
             draft.rename(directory / file)
@@ -345,7 +348,7 @@ def _write_all(
             replace_text(state / f"{file}.json", json.dumps(record))
             return record
 
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(2 * jobs) as pool:
             futures = {file: pool.submit(one, file) for file in files if file not in done}
             try:
                 wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -373,30 +376,24 @@ class _Stopped(Exception):
 
 
 class Sink:
-    """A file that is written from its beginning to its end, and its SHA-256. Of each write `told` hears how many bytes."""
+    """A file that is written from its beginning to its end, and `hash` of it."""
 
-    def __init__(self, file: io.FileIO, told: Callable[[int], Any] = lambda count: None) -> None:
-        self._file, self._hash, self._at, self._told = file, hashlib.sha256(), 0, told
+    def __init__(self, file: io.FileIO, hash: "hashlib._Hash | None" = None) -> None:
+        self._file, self._hash, self._at = file, hash, 0
 
     def tell(self) -> int:
         return self._at
 
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+    def digest(self) -> str | None:
+        return self._hash.hexdigest() if self._hash is not None else None
 
     def write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
+        self._see(data)
         self._put(data)
-
-    def _put(self, data: bytes | memoryview) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
-        self._count(len(data))
 
     def copy(self, file: Path, data: memoryview, start: int) -> None:
         """Bytes of `file`, from `start` on, which are mapped as `data`."""
-        self._hash.update(data)
+        self._see(data)
         with file.open("rb", buffering=0) as opened:
             done = 0
             while done < len(data):
@@ -409,19 +406,24 @@ class Sink:
                 if count == 0:  # the kernel does not do it between these two
                     self._put(data[done:])
                     return
-                done += count
-                self._count(count)
+                done, self._at = done + count, self._at + count
 
-    def _count(self, count: int) -> None:
-        self._at += count
-        self._told(count)
+    def _see(self, data: bytes | memoryview) -> None:
+        if self._hash is not None:
+            self._hash.update(data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        self._at += len(left)
+        while left:
+            left = left[self._file.write(left) :]
 
 
 class _Numbers:
-    """Writes tensors' numbers, of which it knows where they lie."""
+    """Writes tensors' numbers, of which it knows where they lie. `told` hears how many bytes, each time."""
 
-    def __init__(self, source: Source, stop: threading.Event) -> None:
-        self._source, self._stop = source, stop
+    def __init__(self, source: Source, stop: threading.Event, told: Callable[[int], Any]) -> None:
+        self._source, self._stop, self._told = source, stop, told
         self._mapped: dict[Path, memoryview] = {}
 
     def __call__(self, sink: Sink, tensor: Made) -> None:
@@ -429,21 +431,23 @@ class _Numbers:
             extents = self._extents(box, tensor.dtype)
             if extents is None:
                 for part in _cut(box, tensor.dtype.itemsize):
-                    self._check()
                     numbers = self._source.read(*part).to(tensor.dtype).contiguous()
                     sink.write(memoryview(numbers.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                    self._done(numbers.nbytes)
                 continue
             for file, first, length in extents:
                 for start in range(first, first + length, EXTENT):
-                    self._check()
-                    sink.copy(file, self._of(file)[start : min(start + EXTENT, first + length)], start)
+                    data = self._of(file)[start : min(start + EXTENT, first + length)]
+                    sink.copy(file, data, start)
+                    self._done(len(data))
 
     def _extents(self, box: Box, dtype: torch.dtype) -> list[Extent] | None:
         """Where the bytes of a box lie that need no conversion."""
         source = self._source
         return source.extents(*box) if isinstance(source, InFiles) and source.dtype(box.name) == dtype else None
 
-    def _check(self) -> None:
+    def _done(self, count: int) -> None:
+        self._told(count)
         if self._stop.is_set():
             raise _Stopped
 

@@ -8,11 +8,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ TOKENIZER = (
 )  # fmt: skip
 MODEL = ("generation_config.json", "LICENSE*")
 
+T = TypeVar("T")
 # Hugging Face name → its pieces over the TP ranks, once each: the rank that owns it, this rank's parameter, the piece.
 Stage = Mapping[str, Sequence[tuple[int, nn.Parameter, Piece]]]
 
@@ -330,7 +331,7 @@ def stream(draft: Path, sizes: Mapping[str, int], made: Callable[[str], Mapping[
     """
     where: dict[str, str] = {}
     total = 0
-    shards = list(_shards(sizes, shard_bytes))
+    shards = dealt(sorted(sizes, key=in_order), sizes.__getitem__, shard_bytes)
     with tqdm(total=sum(sizes.values()), desc=doing, unit="B", unit_scale=True, delay=3, mininterval=3) as progress:
         for i, names in enumerate(shards, 1):
             file, tensors = f"model-{i:05d}-of-{len(shards):05d}.safetensors", dict[str, Tensor]()
@@ -344,21 +345,21 @@ def stream(draft: Path, sizes: Mapping[str, int], made: Callable[[str], Mapping[
     write_index(draft, where, total)
 
 
-def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
-    """Names dealt to files in their order, layer by layer."""
-    shard: list[str] = []
+def dealt(items: Iterable[T], nbytes: Callable[[T], int], shard_bytes: int) -> list[list[T]]:
+    """Items dealt to files in their order: at most `shard_bytes` to each, or a single larger one."""
+    shards: list[list[T]] = [[]]
     room = shard_bytes
-    for name in sorted(sizes, key=_place):
-        if shard and sizes[name] > room:
-            yield shard
-            shard, room = [], shard_bytes
-        shard.append(name)
-        room -= sizes[name]
-    yield shard
+    for item in items:
+        if shards[-1] and nbytes(item) > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(item)
+        room -= nbytes(item)
+    return shards
 
 
-def _place(name: str) -> tuple[int, int]:
-    """Where a tensor comes: the embedding, the layers in their order, the rest."""
+def in_order(name: str) -> tuple[int, int]:
+    """Where a tensor comes, as a key to sort by: the embedding, the layers in their order, the rest."""
     parts = name.split(".")
     return (1, int(parts[2])) if parts[1] == "layers" else (0 if "embed" in name else 2, 0)
 

@@ -30,11 +30,12 @@ _ROW, _COLUMN = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # far from round numbers
 def of_model(items: Sequence[Held], grid: Grid, dtype: torch.dtype | None = torch.bfloat16) -> str:
     """Of the weights that the ranks of `grid` hold, as `dtype` (None: as they are); every rank calls it. 16 hexadecimal digits."""
     total = torch.zeros((), dtype=torch.int64, device=grid.device)
-    if grid.dp_cp.rank == 0:  # the others hold copies
-        for item in items:
-            for piece in item.pieces:
-                if piece.owned and (dtype is None or not piece.hf.startswith(SCORE)):
-                    total += _of(item.values(piece), dtype or item.dtype, piece.hf, piece.offset)
+    for number, item in enumerate(items):
+        for piece in item.pieces:
+            values = item.values(piece)  # all take part: a weight may be kept in slices
+            mine = number % grid.dp_cp.size == grid.dp_cp.rank  # of what all have, each takes some
+            if mine and piece.owned and (dtype is None or not piece.hf.startswith(SCORE)):
+                total += _of(values, dtype or item.dtype, piece.hf, piece.offset)
     dist.all_reduce(total)
     return _said(total)
 

@@ -20,9 +20,10 @@ from megamod.model.shape import Shape, read_shape
 from megamod.parallel.collectives import together
 from megamod.parallel.grid import Grid
 from megamod.weights import checksums
-from megamod.weights.table import Held, Piece, frozen, hf_shapes, placed, zero_padding
+from megamod.weights.table import Held, frozen, hf_shapes, placed, zero_padding
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that old exports carry and no computation reads.
 IGNORED = ("rotary_emb.inv_freq",)
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
@@ -55,14 +56,8 @@ class OfDirectories(Protocol):
 
 
 @runtime_checkable
-class InFiles(Protocol):
+class InFiles(Source, Protocol):
     """A Source that knows where its numbers lie."""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor: ...
 
     def extents(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[Extent] | None:
         """A box's bytes in the order of its numbers; None: they lie scattered."""
@@ -236,7 +231,7 @@ class Scored:
         for name, size in scores.items():
             if own.get(name, size) != size:
                 raise MegamodError(f"the checkpoint's {name} is {own[name]}, and {shape.score} needs {size}")
-        self._shapes = {name: size for name, size in {**scores, **own}.items() if name != "lm_head.weight"}
+        self._shapes = {name: size for name, size in {**scores, **own}.items() if name != HEAD}
 
     @property
     def directories(self) -> tuple[Path, ...]:
@@ -278,10 +273,15 @@ def check_keys(source: Source, shape: Shape, where: str) -> None:
         MegamodError: a line that lists what is missing, unexpected or mis-shaped.
     """
     expected, found = hf_shapes(shape), source.shapes()
-    redundant = {"lm_head.weight"} if shape.tied else set()
+    redundant = {HEAD} if shape.tied else set()
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(k for k in found.keys() - expected.keys() - redundant if not k.endswith(IGNORED))
     wrong = [f"{k} is {found[k]}, not {expected[k]}" for k in sorted(expected.keys() & found.keys()) if found[k] != expected[k]]
+    refuse_keys(missing, unexpected, wrong, where)
+
+
+def refuse_keys(missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str], where: str) -> None:
+    """Raises MegamodError with a line that lists them, where there are any."""
     kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": wrong}
     faults = [f"{len(names)} {what}: {listed(names)}" for what, names in kinds.items() if names]
     if faults:
@@ -299,7 +299,7 @@ def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, 
     own = (chunks, shape, grid.tp.size, grid.tp.rank)
     parameters = placed(*own)
     items: list[Held] = [*parameters, *frozen(*own)]
-    compare_head = shape.tied and "lm_head.weight" in source.shapes()
+    compare_head = shape.tied and HEAD in source.shapes()
     fault: Exception | None = None
     for parameter in parameters:
         with torch.no_grad():
@@ -308,8 +308,8 @@ def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, 
         for piece in item.pieces:
             try:
                 item.fill(piece, source, grid)
-                if fault is None and compare_head and piece.hf == "model.embed_tokens.weight":
-                    _check_tied(piece, source, where)
+                if fault is None and compare_head and piece.hf == EMBEDDING:
+                    check_tied(source, piece.offset, piece.size, where)
             except Exception as error:  # this rank goes on as the others do, and meets them where they quantise together
                 fault = fault or error
     if fault is not None:
@@ -317,7 +317,7 @@ def load(chunks: Sequence[nn.Module], shape: Shape, grid: Grid, source: Source, 
     return items
 
 
-def _check_tied(piece: Piece, source: Source, where: str) -> None:
-    """Raises MegamodError where a tied checkpoint has a head of its own."""
-    if not torch.equal(*(source.read(name, piece.offset, piece.size) for name in (piece.hf, "lm_head.weight"))):
-        raise MegamodError(f"{where}: config.json ties the embeddings, but lm_head.weight differs from them")
+def check_tied(source: Source, offset: Sequence[int], size: Sequence[int], where: str) -> None:
+    """Raises MegamodError where a tied checkpoint has a head of its own, in a box of the embedding."""
+    if not torch.equal(*(source.read(name, offset, size) for name in (EMBEDDING, HEAD))):
+        raise MegamodError(f"{where}: config.json ties the embeddings, but {HEAD} differs from them")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megamod.errors import MegamodError, listed
+from megamod.errors import MegamodError
 from megamod.model.shape import Shape
-from megamod.weights.load import Extent
+from megamod.weights.load import Extent, refuse_keys
 from megamod.weights.table import Box, Part, Row, hf_shapes, table
 from megamod.weights.torch_dist import TorchDist
 
@@ -133,12 +133,12 @@ class AsHuggingFace:
     def __init__(self, source: TorchDist, shape: Shape, where: str) -> None:
         self._source, self._shapes = source, hf_shapes(shape)
         self._found: dict[str, list[tuple[int, int, str, Slab, int]]] = defaultdict(list)  # first row, rows, name, slab, its row
-        shapes, used, faults = source.shapes(), set[str](), dict[str, list[str]](missing=[], unexpected=[])
-        wrong: dict[str, None] = {}
+        shapes, used = source.shapes(), set[str]()
+        missing, wrong = dict[str, None](), dict[str, None]()  # in their order, once
         for slab in slabs(shape):
             name = next((name for name in slab.names if name in shapes), None)
             if name is None:
-                faults["missing"].append(slab.names[0])
+                missing[slab.names[0]] = None
                 continue
             if not _fits(shapes[name], slab, shape):
                 wrong[f"{name} is {shapes[name]}, not {slab.shape}"] = None
@@ -147,15 +147,9 @@ class AsHuggingFace:
             for run in slab.runs:
                 self._found[run.hf].append((run.first, run.rows, name, slab, row))
                 row += run.rows
-        faults["missing"] = list(dict.fromkeys(faults["missing"]))
-        left = [name for name in shapes if name not in used]
-        others = {name for name in (*left, *source.others) if f".{EXTRA}" not in name}
+        others = {name for name in (*shapes, *source.others) if name not in used and f".{EXTRA}" not in name}
         self.left_out = sorted(name for name in others if name.startswith(OF_A_RUN))
-        faults["unexpected"] = sorted(others - set(self.left_out))
-        faults["mis-shaped"] = list(wrong)
-        said = [f"{len(names)} {what}: {listed(names)}" for what, names in faults.items() if names]
-        if said:
-            raise MegamodError(f"{where}: the tensors do not match config.json: {'; '.join(said)}")
+        refuse_keys(list(missing), sorted(others - set(self.left_out)), list(wrong), where)
         for runs in self._found.values():
             runs.sort(key=lambda run: run[0])
 

@@ -16,6 +16,7 @@ from megamod.model.shape import Shape
 from megamod.parallel.grid import Grid
 
 if TYPE_CHECKING:
+    from megamod.model.shards import Buffer
     from megamod.weights.load import Source
 
 ADAPTERS = "adapters."  # in the name of a parameter: it belongs to an adapter, not to the base
@@ -185,10 +186,15 @@ class Placed:
 
 @runtime_checkable
 class InPieces(Protocol):
-    """A frozen weight that is no parameter: model.nf4's, in 4 bits."""
+    """A frozen weight that is no parameter: model.nf4's, in 4 bits, and model.shards', of which ranks keep slices.
+
+    Attributes:
+        buffers_shared: the memory, shared with others, in which it is made dense.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
+    buffers_shared: "Sequence[Buffer]"
 
     @property
     def nbytes(self) -> int: ...
@@ -212,7 +218,7 @@ class Frozen:
         return self.weight.dtype
 
     def values(self, piece: Piece) -> Tensor:
-        """What it holds of a piece, in the box's shape."""
+        """What it holds of a piece, in the box's shape; all ranks that share the weight call it."""
         return self.weight.values(piece)
 
     def fill(self, piece: Piece, source: "Source", grid: Grid) -> None:

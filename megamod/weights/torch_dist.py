@@ -12,6 +12,7 @@ says is looked at, and never called. The numbers themselves are mapped into memo
 """
 
 import io
+import itertools
 import json
 import math
 import mmap
@@ -180,7 +181,7 @@ class TorchDist:
             stored.append(Stored(info.relative_path, start, (offset, size)))
             dtypes.add(dtype)
         numbers = sum(math.prod(one.box[1]) for one in stored)
-        if sizes or numbers != math.prod(shape) or len(dtypes) != 1 or _meet(stored):
+        if sizes or numbers != math.prod(shape) or len(dtypes) != 1 or not _apart([one.box for one in stored]):
             raise MegamodError(f"{self.directory}: the boxes of {name} are not the whole of it, each once: a rank's file may be missing")
         self._shapes[name], self._stored[name], (self._dtypes[name],) = shape, stored, dtypes
 
@@ -260,15 +261,19 @@ def _counts(values: Any) -> tuple[int, ...]:
     return counts
 
 
-def _meet(stored: Sequence[Stored]) -> bool:
-    """Whether two boxes have a number in common; where there are many, neighbours along the first axis that cuts them are compared."""
-    ordered = sorted(stored, key=lambda one: one.box[0])
-    return any(
-        overlap(a.box, b.box) is not None
-        for i, a in enumerate(ordered)
-        for b in ordered[i + 1 : i + 1 + 256]
-        if b.box[0][0] < a.box[0][0] + a.box[1][0]
-    )
+def _apart(boxes: Sequence[Box], axis: int = 0) -> bool:
+    """Whether no two boxes have a number in common, as layers, experts and ranks cut a tensor: along one axis after the other."""
+    if len(boxes) < 2:
+        return True
+    if axis == len(boxes[0][0]):
+        return False  # two at the same place
+    groups: dict[tuple[int, int], list[Box]] = defaultdict(list)
+    for box in boxes:
+        groups[box[0][axis], box[1][axis]].append(box)
+    places = itertools.pairwise(sorted(groups))
+    if any(offset + size > following for (offset, size), (following, _) in places):
+        return False
+    return all(_apart(group, axis + 1) for group in groups.values())
 
 
 # --- pickles, looked at ----------------------------------------------------------------------------------------------------
