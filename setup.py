@@ -18,6 +18,7 @@ setup(
         "safetensors==0.8.0",
         "sentencepiece==0.2.3",
         "numpy>=2.2,<2.5",
+        "numba==0.68.1",  # what nf4 does on a CPU
         "scikit-learn>=1.7,<1.10",
         "matplotlib>=3.10,<3.12",
         "jinja2==3.1.6",

@@ -337,6 +337,33 @@ def test_threads_do_not_change_the_result(odd: bool, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits(dtype: torch.dtype, quant_type: QuantType) -> None:
+    """Zeros, subnormal numbers, infinities and NaN among them, once by themselves and once beside much larger ones."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    for beside in (x, x.flip(0), x[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(1))]):
+        mixed = torch.stack((x, beside), 1)
+        lines = whole(mixed.shape)
+        absmax = block_absmax(mixed, lines, 32)
+        torch.testing.assert_close(absmax, nf4.block_absmax_ref(mixed, lines, 32), rtol=0, atol=0, equal_nan=True)
+        codes = quantize(mixed, absmax, lines, 32, quant_type)
+        assert torch.equal(codes, nf4.quantize_ref(mixed, absmax, lines, 32, quant_type))
+        made = Shard(codes, Absmax(absmax).of(lines, 32), None, None, lines, 32, quant_type)
+        for out in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            found, expected = (read(made, torch.empty(lines.numel, dtype=out)) for read in (dequantize, nf4.dequantize_ref))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_lines_that_lie_over_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "PIECE", 32)
+    lines = Lines(5, 100, 3, 20, 300)
+    x = random(500)
+    absmax = block_absmax(x, lines, 32)
+    assert torch.equal(absmax, nf4.block_absmax_ref(x, lines, 32))
+    assert torch.equal(quantize(x, absmax, lines, 32, "nf4"), nf4.quantize_ref(x, absmax, lines, 32, "nf4"))
+
+
 def test_callers_modes_do_not_matter() -> None:
     """Leaves that ask for gradients, inference mode, memory that is not contiguous, another default dtype."""
     x = random(128, 64).requires_grad_()
@@ -349,7 +376,7 @@ def test_callers_modes_do_not_matter() -> None:
     assert torch.equal(made.data, again.data)
     torch.set_default_dtype(torch.float64)
     try:
-        for table in (nf4.dynamic_map, nf4._nearest_dynamic, nf4.bounds, nf4._place_codes, nf4._pairs):
+        for table in (nf4.dynamic_map, nf4._nearest_dynamic, nf4.bounds):
             table.cache_clear()
         absmax, kept = statistics(x, 64, nested=True)
         again = shard(x, absmax, kept, whole(x.shape), 64, "nf4")

@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,15 +35,14 @@ try:
 except ImportError:  # not on every platform that torch runs on; the references do without
     triton = None
 
+T = TypeVar("T")
 QuantType = Literal["nf4", "fp4"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # absmax values that share one of their own
 PLACES = 1 << 16  # to which bitsandbytes rounds a number before it looks up the nearest dynamic one
 SMALLEST = 1e-38  # a block of zeros is divided by it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that can be quantised
-PIECE = 1 << 19  # numbers that a core takes at a time: what it makes of them stays in its cache
-STEPS = 32767  # on the CPU codes are looked up by x / a in 16 bits; 0 … ± 1 in so many
-USUAL = 2.0**-100, 2.0**100  # absmax for which x · (STEPS / a) is off by less than a hundredth
+PIECE = 1 << 20  # numbers that a thread takes at a time: even, and of absmax values whole groups of NESTED
 
 # fmt: off
 CODES: dict[QuantType, tuple[float, ...]] = {
@@ -128,10 +127,9 @@ class Absmax:
 
     def of(self, lines: Lines, blocksize: int) -> Tensor:
         """`[lines, M]`: those of a shard, as it keeps them; zeros past the end of a line and of the tensor."""
-        device = self.values.device
-        block = lines.blocks(blocksize).to(device)[:, None] + torch.arange(lines.touched(blocksize), device=device)
-        inside = block < len(self.values)
-        return torch.where(inside, self.values[block.clamp(max=len(self.values) - 1)], 0).to(self.values.dtype)
+        device, touched = self.values.device, lines.touched(blocksize)
+        block = lines.blocks(blocksize).to(device, torch.int32)[:, None] + torch.arange(touched, dtype=torch.int32, device=device)
+        return torch.nn.functional.pad(self.values, (0, touched)).index_select(0, block.flatten()).view(block.shape)
 
 
 # ---- references: the only definition of correct
@@ -405,15 +403,25 @@ def _rows(x: Tensor, lines: Lines) -> Tensor:
     return rows if rows.stride(1) == 1 or lines.width == 1 else rows.contiguous()
 
 
-# ---- on the CPU: the references' results, by pieces that stay in a core's cache
+# ---- on the CPU: the references' results by compiled loops, each piece by whichever thread is free
+
+
+def _pieces(count: int) -> list[tuple[int, int]]:
+    return [(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
+
+
+def _share_out(pieces: Sequence[tuple[int, int]], work: Callable[[int, int], T]) -> list[T]:
+    """What work makes of each piece, by as many threads as torch has; its own would wait for each other longer than they work."""
+    with _one_thread() as threads:
+        if min(threads, len(pieces)) <= 1:
+            return [work(*piece) for piece in pieces]
+        with ThreadPoolExecutor(min(threads, len(pieces))) as pool:
+            return list(pool.map(lambda piece: work(*piece), pieces))
 
 
 @contextmanager
 def _one_thread() -> Iterator[int]:
-    """For torch's operations of this thread, and of those that it starts meanwhile; how many there were.
-
-    Pieces are shared out to threads. For a small operation torch's own would wait for each other longer than they work.
-    """
+    """For torch's operations of this thread, and of those that it starts meanwhile; how many there were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -422,301 +430,73 @@ def _one_thread() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-class _Piece(NamedTuple):
-    """Lines first … last - 1 of a shard, and of each the numbers left … right - 1."""
+def _loops() -> ModuleType:
+    """Imported where they run: the first import of Numba takes half a second, and a GPU needs none."""
+    from megamod_kernels import nf4_cpu
 
-    first: int
-    last: int
-    left: int
-    right: int
+    return nf4_cpu
 
 
-def _pieces(count: int, width: int, skew: int = 0) -> list[_Piece]:
-    """`[count, width]` in rectangles of about PIECE that begin at even places of the flat order.
-
-    Where lines are cut it is `skew` before a multiple of PIECE.
-    """
-    if width > PIECE and (count == 1 or width % 2 == 0):
-        cuts = [0, *range(PIECE - skew, width, PIECE), width]
-        return [_Piece(line, line + 1, left, right) for line in range(count) for left, right in pairwise(cuts)]
-    step = max(1, PIECE // max(1, width))
-    step += step % 2 * (width % 2)
-    return [_Piece(line, min(line + step, count), 0, width) for line in range(0, count, step)]
+def _bits(x: Tensor, lines: Lines) -> tuple[np.ndarray, int, int]:
+    """A shard's numbers as bits in a row, which dtype's they are, and how far apart lines begin."""
+    rows, loops = _rows(x, lines), _loops()
+    pitch = rows.stride(0) if lines.count > 1 else 0
+    flat = rows.as_strided(((lines.count - 1) * pitch + lines.width,), (1,))
+    kind = {torch.bfloat16: loops.BFLOAT16, torch.float16: loops.FLOAT16, torch.float32: loops.FLOAT32}[x.dtype]
+    return flat.view(torch.uint32 if x.itemsize == 4 else torch.uint16).numpy(), kind, pitch
 
 
-def _work_on(pieces: Sequence[_Piece], work: Callable[[Iterator[_Piece]], None], threads: int) -> None:
-    """Threads take pieces as they come."""
+def _block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
+    bits, kind, pitch = _bits(x, lines)
+    found, loop = np.zeros(-(-lines.total // blocksize), np.uint32), _loops().block_absmax
 
-    def take(queue: Iterator[_Piece]) -> None:
-        with torch.inference_mode():  # the caller's modes are not a thread's; this one may write to all tensors
-            work(queue)
+    def work(first: int, last: int) -> np.ndarray:
+        edges = np.zeros(2, np.uint32)
+        loop(bits, kind, pitch, lines.width, lines.start, lines.stride, blocksize, first, last, found, edges)
+        return edges
 
-    queue, threads = iter(pieces), min(threads, len(pieces))
-    if threads <= 1:
-        take(queue)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(take, [queue] * threads))
-
-
-def _size(pieces: Sequence[_Piece]) -> int:
-    """Numbers in the largest piece, up to whole words of 8 bytes of codes."""
-    largest = max((p.last - p.first) * (p.right - p.left) for p in pieces)
-    return -(-largest // 16) * 16
+    # Lines that lie over each other have more than the edges of their pieces in common.
+    pieces = _pieces(lines.numel) if lines.count == 1 or lines.width <= lines.stride else [(0, lines.numel)]
+    for piece, edges in zip(pieces, _share_out(pieces, work), strict=True):
+        for number, most in zip((piece[0], piece[1] - 1), edges, strict=True):
+            line, column = divmod(number, lines.width)
+            block = (lines.start + line * lines.stride + column) // blocksize
+            found[block] = max(found[block], most)
+    return torch.from_numpy(found.view(np.float32))
 
 
-def _new_bytes(count: int) -> Tensor:
-    """`[count]` uint8, not filled. Of large arrays numpy asks for huge pages, which the first touch finds ready four times as fast."""
-    return torch.from_numpy(np.empty(count, np.uint8))
+def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
+    bits, kind, pitch = _bits(x, lines)
+    out, loop = np.empty(-(-lines.numel // 2), np.uint8), _loops().quantize
+    cut = (pitch, lines.width, lines.start, lines.stride, lines.total, blocksize)
+    most = absmax.detach().numpy()
+
+    def work(first: int, last: int) -> None:
+        loop(bits, kind, *cut, most, quant_type == "fp4", first, last, out)
+
+    _share_out(_pieces(lines.numel), work)
+    return torch.from_numpy(out)
 
 
-def _regular(lines: Lines, blocksize: int) -> bool:
-    """Whether all lines begin at the same place in a block, and are one after the other."""
-    return lines.count == 1 or (lines.stride % blocksize == 0 and lines.width <= lines.stride)
+def _dequantize(shard: Shard, out: Tensor) -> Tensor:
+    lines, flat, loop = shard.lines, out.detach().view(-1), _loops().dequantize
+    nested, offset = np.empty(0, np.float32), np.float32(0)
+    if shard.nested is not None and shard.offset is not None:
+        nested, offset = shard.nested.numpy(), np.float32(shard.offset.item())
+    data, absmax, fp4 = shard.data.numpy(), shard.absmax.numpy(), shard.quant_type == "fp4"
+    cut = (lines.width, lines.start, lines.stride, shard.blocksize)
+    nothing = np.empty(0, np.float32), np.empty(0, np.uint16)
 
+    def work(first: int, last: int) -> None:
+        part = flat[first:last]
+        if out.dtype == torch.bfloat16:
+            loop(data, fp4, absmax, nested, offset, *cut, first, last, nothing[0], part.view(torch.uint16).numpy())
+            return
+        numbers = part if out.dtype == torch.float32 else part.float()
+        loop(data, fp4, absmax, nested, offset, *cut, first, last, numbers.numpy(), nothing[1])
+        part.copy_(numbers)
 
-def _by_blocks(numbers: Tensor, phase: int, blocksize: int) -> list[tuple[Tensor, slice]]:
-    """Numbers `[lines, width]`, which begin at `phase` of a block, as views `[lines, blocks, numbers of one]`, and which blocks these are.
-
-    What lies in a first block that is cut, in whole blocks, in a last one that is cut.
-    """
-    lines, width = numbers.shape
-    head = min(-phase % blocksize, width)
-    first, whole = int(head > 0), (width - head) // blocksize
-    rest = head + whole * blocksize
-    views = []
-    if head:
-        views.append((numbers[:, None, :head], slice(0, 1)))
-    if whole:
-        views.append((numbers[:, head:rest].view(lines, whole, blocksize), slice(first, first + whole)))
-    if rest < width:
-        views.append((numbers[:, None, rest:], slice(first + whole, first + whole + 1)))
-    return views
-
-
-def _block_absmax(x: Tensor, lines: Lines, blocksize: int, threads: int) -> Tensor:
-    """block_absmax_ref. Numbers without their sign have the order of their bits, NaN the last."""
-    found = torch.zeros(-(-lines.total // blocksize), dtype=torch.float32)
-    rows = x.detach().reshape(lines.count, lines.width)
-    if not _regular(lines, blocksize):
-        for top, bottom, left, right in _pieces(lines.count, lines.width):
-            block = (lines.start + torch.arange(top, bottom)[:, None] * lines.stride + torch.arange(left, right)) // blocksize
-            found.scatter_reduce_(0, block.flatten(), rows[top:bottom, left:right].flatten().float().abs(), "amax")
-        return found
-    bits, mask = (torch.int32, 0x7FFF_FFFF) if x.itemsize == 4 else (torch.int16, 0x7FFF)
-    rows = rows.view(bits)
-    first, phase = divmod(lines.start, blocksize)
-    pieces = _pieces(lines.count, lines.width, phase)  # no block is in two pieces of a line
-    most = torch.empty(lines.count, -(-(phase + lines.width) // blocksize), dtype=bits)
-
-    def work(queue: Iterator[_Piece]) -> None:
-        memory = torch.empty(_size(pieces), dtype=bits)
-
-        @cache
-        def views(lines: int, width: int, phase: int) -> tuple[Tensor, list[tuple[Tensor, slice]]]:
-            numbers = memory[: lines * width].view(lines, width)
-            return numbers, _by_blocks(numbers, phase, blocksize)
-
-        for top, bottom, left, right in queue:
-            start, end = phase + left, phase + right
-            numbers, parts = views(bottom - top, right - left, start % blocksize)
-            torch.bitwise_and(rows[top:bottom, left:right], mask, out=numbers)
-            values = most[top:bottom, start // blocksize : -(-end // blocksize)]
-            for some, blocks in parts:
-                torch.amax(some, -1, out=values[:, blocks])
-
-    _work_on(pieces, work, threads)
-    values, stride = most.view(x.dtype).float(), lines.stride // blocksize
-    for turn in range(min(2, lines.count)):  # a line and the next may share a block, a line and the one after that do not
-        some = values[turn::2]
-        here = found.as_strided(tuple(some.shape), (2 * stride, 1), first + turn * stride)
-        torch.maximum(here, some, out=here)
-    return found
-
-
-LOW_HALF, SIXTEEN = np.uint32(0xFFFF), np.uint32(16)
-
-
-@cache
-def _place_codes(quant_type: QuantType) -> Tensor:
-    """`[2, 65536]` uint8: of each x / a · STEPS, cut to an integer of 16 bits, the code as a byte's high half, and as its low one.
-
-    Where a midpoint is too near there is a mark in the other half.
-    """
-    limits, order = bounds(quant_type)
-    place = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).double()
-    near = 1 / 64  # more than the product's error
-    low = (place - (place <= 0) * 1.0 - near) / STEPS
-    high = (place + (place >= 0) * 1.0 + near) / STEPS
-    below, above = (torch.bucketize(end, limits.double()) for end in (low, high))
-    sure, code = below == above, order[below]
-    return torch.stack((torch.where(sure, code << 4, 1), torch.where(sure, code, 1 << 4))).to(torch.uint8)
-
-
-def _quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType, threads: int) -> Tensor:
-    """quantize_ref. Codes are looked up by x / a in 16 bits; the few that a midpoint is near are made as the reference makes them."""
-    rows, absmax = x.detach().reshape(lines.count, lines.width), absmax.detach()
-    out = _new_bytes(-(-lines.numel // 2))
-    first, phase = divmod(lines.start, blocksize)
-    pieces = _pieces(lines.count, lines.width, phase - phase % 2)
-    table_high, table_low = _place_codes(quant_type)
-    codes = out.numpy()
-
-    def exact(place: Tensor) -> None:
-        """Make these bytes of `out`, whatever they are of."""
-        number = torch.stack((place * 2, place * 2 + 1), 1).flatten()
-        inside = number < lines.numel
-        line = number.clamp_(max=lines.numel - 1) // lines.width
-        column = number - line * lines.width
-        block = (lines.start + line * lines.stride + column) // blocksize
-        value, most = rows[line, column].float(), absmax[block].clamp_(min=SMALLEST)
-        scaled = value * (1.0 / most)
-        if lines.total % blocksize:
-            scaled = torch.where(block == lines.total // blocksize, value / most, scaled)
-        out[place] = _packed(torch.where(inside, scaled, 0), quant_type)
-
-    def mend(unsure: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        """Of words of 8 bytes, by their number from some byte on: those bytes that are marked in them."""
-        first, marks = np.concatenate([at + 8 * word for at, word, _ in unsure]), np.concatenate([marks for _, _, marks in unsure])
-        word, byte = np.nonzero(marks.view(np.uint8).reshape(-1, 8))
-        exact(torch.from_numpy(first[word] + byte))
-
-    def work(queue: Iterator[_Piece]) -> None:
-        size = _size(pieces)
-        numbers, places = torch.empty(size, dtype=torch.float32), torch.zeros(size, dtype=torch.int16)
-        index, lows = torch.empty(size // 2, dtype=torch.int32), torch.empty(size // 2, dtype=torch.uint8)
-        doubts, spare = np.zeros((2, size // 2), np.uint8)
-
-        @cache
-        def views(lines: int, width: int, phase: int) -> tuple[Any, ...]:
-            n, m = lines * width, -(-lines * width // 2)
-            some = numbers[:n].view(lines, width)
-            pairs, halves = places[: 2 * m].numpy().view(np.uint32), index[:m].numpy().view(np.uint32)
-            return some, _by_blocks(some, phase, blocksize), places[:n].view(lines, width), pairs, halves, index[:m], lows[:m]
-
-        unsure: list[tuple[int, np.ndarray, np.ndarray]] = []
-        waiting = 0
-        for top, bottom, left, right in queue:
-            start, end = phase + left, phase + right
-            at, m = (top * lines.width + left) // 2, -(-(bottom - top) * (right - left) // 2)
-            some, parts, place, pairs, halves, half, low = views(bottom - top, right - left, start % blocksize)
-            values = None if most is None else most[top:bottom, start // blocksize : -(-end // blocksize)]
-            if values is None or not (usual or _usual(values)):
-                exact(torch.arange(at, at + m))
-                continue
-            scale = STEPS / values.clamp(min=USUAL[0])
-            some.copy_(rows[top:bottom, left:right])
-            for many, blocks in parts:
-                many.mul_(scale[:, blocks, None])
-            place.copy_(some)
-            if some.numel() % 2:
-                places[some.numel()] = 0
-            # Two places are one word, the first its low half.
-            np.bitwise_and(pairs, LOW_HALF, out=halves)
-            torch.index_select(table_high, 0, half, out=out[at : at + m])
-            np.right_shift(pairs, SIXTEEN, out=halves)
-            torch.index_select(table_low, 0, half, out=low)
-            high, low = codes[at : at + m], low.numpy()
-            np.bitwise_or(np.bitwise_and(high, 0x0F, out=doubts[:m]), np.bitwise_and(low, 0xF0, out=spare[:m]), out=doubts[:m])
-            np.bitwise_or(high, low, out=high)
-            doubts[m : m + 7] = 0
-            marks = doubts[: m + -m % 8].view(np.uint64)
-            (found,) = np.nonzero(marks != 0)  # a comparison and a search among bools are faster than one among words
-            if len(found):
-                unsure.append((at, found, marks[found]))
-                waiting += len(found)
-                if waiting > PIECE // 16:  # few are in a piece: they wait for others, but no more than this
-                    mend(unsure)
-                    unsure, waiting = [], 0
-        if unsure:
-            mend(unsure)
-
-    most, usual = None, False
-    if _regular(lines, blocksize):
-        most = absmax.as_strided((lines.count, -(-(phase + lines.width) // blocksize)), (lines.stride // blocksize, 1), first)
-        usual = bool(most.amin() >= USUAL[0]) and bool(most.amax() <= USUAL[1])  # and no piece has to be asked
-    _work_on(pieces, work, threads)
-    if lines.total % blocksize:  # of the last block numbers are divided by absmax
-        inside = lines.start + (lines.count - 1) * lines.stride + lines.width - lines.total // blocksize * blocksize
-        if inside > 0:
-            exact(torch.arange((lines.numel - min(inside, lines.width)) // 2, len(out)))
-    return out
-
-
-def _usual(most: Tensor) -> bool:
-    """Whether STEPS / a is as exact as it must be for blocks with these absmax, or they are zeros."""
-    low = most < USUAL[0]
-    return bool(most.amax() <= USUAL[1]) and not bool(low.any() and most[low].any())
-
-
-@cache
-def _pairs(quant_type: QuantType) -> Tensor:
-    """`[256]` int64: the two fp32 numbers of a byte's codes, as one."""
-    code = torch.tensor(CODES[quant_type], dtype=torch.float32)
-    byte = torch.arange(256)
-    return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).flatten()
-
-
-def _absmax(shard: Shard, threads: int) -> Tensor:
-    """absmax_ref."""
-    if shard.nested is None or shard.offset is None:
-        return shard.absmax
-    codes, nested, offset = shard.absmax, shard.nested, shard.offset
-    first, dynamic = shard.lines.blocks(shard.blocksize)[:, None], dynamic_map()
-    out = torch.empty(codes.shape, dtype=torch.float32)
-
-    def work(queue: Iterator[_Piece]) -> None:
-        for top, bottom, left, right in queue:
-            group = (first[top:bottom] + torch.arange(left, right)).div_(NESTED, rounding_mode="floor").clamp_(max=len(nested) - 1)
-            values = torch.index_select(dynamic, 0, codes[top:bottom, left:right].flatten().int())
-            values.mul_(torch.index_select(nested, 0, group.flatten())).add_(offset)
-            out[top:bottom, left:right] = values.view(group.shape)
-
-    _work_on(_pieces(*codes.shape), work, threads)
-    return out
-
-
-def _dequantize(shard: Shard, out: Tensor, threads: int) -> Tensor:
-    """dequantize_ref. Both numbers of a byte are looked up at once."""
-    lines, blocksize = shard.lines, shard.blocksize
-    rows = out.detach().view(lines.count, lines.width)
-    phase = lines.start % blocksize
-    pieces = _pieces(lines.count, lines.width, phase - phase % 2)
-    if not _regular(lines, blocksize):
-
-        def plain(queue: Iterator[_Piece]) -> None:
-            for top, bottom, left, _ in queue:
-                if left:
-                    continue  # a line that is cut is done with its first piece
-                part = replace(lines, count=bottom - top, start=lines.start + top * lines.stride)
-                data = shard.data[top * lines.width // 2 : -(-bottom * lines.width // 2)]
-                dequantize_ref(replace(shard, data=data, absmax=shard.absmax[top:bottom], lines=part), rows[top:bottom])
-
-        _work_on(pieces, plain, threads)
-        return out
-    absmax, table = _absmax(shard, threads), _pairs(shard.quant_type)
-
-    def work(queue: Iterator[_Piece]) -> None:
-        size = _size(pieces)
-        numbers, index = torch.empty(size, dtype=torch.float32), torch.empty(size // 2, dtype=torch.int32)
-
-        @cache
-        def views(lines: int, width: int, phase: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, slice]]]:
-            m, some = -(-lines * width // 2), numbers[: lines * width].view(lines, width)
-            return index[:m], numbers.view(torch.int64)[:m], some, _by_blocks(some, phase, blocksize)
-
-        for top, bottom, left, right in queue:
-            start, end = phase + left, phase + right
-            at = (top * lines.width + left) // 2
-            byte, pairs, some, parts = views(bottom - top, right - left, start % blocksize)
-            byte.copy_(shard.data[at : at + len(byte)])
-            torch.index_select(table, 0, byte, out=pairs)
-            values = absmax[top:bottom, start // blocksize : -(-end // blocksize)]
-            for many, blocks in parts:
-                many.mul_(values[:, blocks, None])
-            rows[top:bottom, left:right].copy_(some)
-
-    _work_on(pieces, work, threads)
+    _share_out(_pieces(lines.numel), work)
     return out
 
 
@@ -740,8 +520,7 @@ def block_absmax(x: Tensor, lines: Lines, blocksize: int) -> Tensor:
         return torch.zeros(-(-lines.total // blocksize), dtype=torch.float32, device=x.device)
     if fused(x):
         return _fused_block_absmax(x, lines, blocksize)
-    with _one_thread() as threads:
-        return _block_absmax(x, lines, blocksize, threads)
+    return _block_absmax(x, lines, blocksize)
 
 
 def whole_blocks(absmax: Tensor, lines: Lines, blocksize: int) -> Tensor:
@@ -757,32 +536,12 @@ def compress(absmax: Tensor) -> Absmax:
     There a single thread's sum is the same each time, and bitsandbytes' with one thread.
     """
     values = absmax.cpu()
-    codes = torch.empty(len(values), dtype=torch.uint8)
-    nested, table = torch.empty(-(-len(values) // NESTED), dtype=torch.float32), _nearest_dynamic()
-    with _one_thread() as threads:
+    with _one_thread():
         offset = values.mean()
-
-        def work(queue: Iterator[_Piece]) -> None:
-            size = -(-_size(pieces) // NESTED) * NESTED
-            memory, index = torch.empty(size, dtype=torch.float32), torch.empty(size, dtype=torch.int32)
-            for _, _, left, right in queue:
-                n, groups = right - left, slice(left // NESTED, -(-right // NESTED))
-                centred = memory[: (groups.stop - groups.start) * NESTED].view(-1, NESTED)
-                torch.sub(values[left:right], offset, out=memory[:n])
-                memory[n : centred.numel()] = 0
-                largest = torch.maximum(centred.amax(1), centred.amin(1).neg_(), out=nested[groups]).abs_()
-                inverse = 1.0 / largest
-                # Half of the places and the middle of one are exact numbers: one product for bitsandbytes' two.
-                place = centred.mul_(inverse[:, None]).clamp_(-1, 1).add_(1).mul_(0.5 * (PLACES - 1)).add_(0.5)
-                if not bool(inverse.isfinite().all()):
-                    place.nan_to_num_(0)  # of a nested block of zeros: code 0
-                index[: centred.numel()].copy_(place.view(-1))
-                torch.index_select(table, 0, index[:n], out=codes[left:right])
-
-        if len(values):
-            pieces = _pieces(1, len(values))
-            _work_on(pieces, work, threads)
-    return Absmax(codes, nested, offset)
+    codes, nested = np.empty(len(values), np.uint8), np.empty(-(-len(values) // NESTED), np.float32)
+    numbers, middle, loop = values.numpy(), np.float32(offset.item()), _loops().compress
+    _share_out(_pieces(len(values)), lambda first, last: loop(numbers, middle, first, last, codes, nested))
+    return Absmax(torch.from_numpy(codes), torch.from_numpy(nested), offset)
 
 
 def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type: QuantType) -> Tensor:
@@ -801,8 +560,7 @@ def quantize(x: Tensor, absmax: Tensor, lines: Lines, blocksize: int, quant_type
         return torch.empty(0, dtype=torch.uint8, device=x.device)
     if fused(x):
         return _fused_quantize(x, absmax.contiguous(), lines, blocksize, quant_type)
-    with _one_thread() as threads:
-        return _quantize(x, absmax.contiguous(), lines, blocksize, quant_type, threads)
+    return _quantize(x, absmax.contiguous(), lines, blocksize, quant_type)
 
 
 def dequantize(shard: Shard, out: Tensor) -> Tensor:
@@ -823,8 +581,7 @@ def dequantize(shard: Shard, out: Tensor) -> Tensor:
         return out
     if fused(out):
         return _fused_dequantize(shard, out)
-    with _one_thread() as threads:
-        return _dequantize(shard, out, threads)
+    return _dequantize(shard, out)
 
 
 def _said(x: Tensor) -> str:
