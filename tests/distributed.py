@@ -10,6 +10,7 @@ import gc
 import os
 import queue
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -74,7 +75,16 @@ class _Pool:
             process.kill()
 
 
+def _end_with_the_parent() -> None:
+    """A test run that is killed leaves nothing behind: its queues alone would be waited for for ever."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _serve(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0, timeout=timedelta(seconds=TIMEOUT))

@@ -42,7 +42,7 @@ NESTED = 256  # absmax values that share one of their own
 PLACES = 1 << 16  # to which bitsandbytes rounds a number before it looks up the nearest dynamic one
 SMALLEST = 1e-38  # a block of zeros is divided by it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that can be quantised
-PIECE = 1 << 20  # numbers that a thread takes at a time: even, and of absmax values whole groups of NESTED
+PIECE = 1 << 19  # numbers that a thread takes at a time: even, and of absmax values whole groups of NESTED
 
 # fmt: off
 CODES: dict[QuantType, tuple[float, ...]] = {
