@@ -4,10 +4,10 @@
     python tools/bench_convert.py --gigabytes 4 --rounds 5 --work /scratch/bench
 
 A model of made-up bf16 weights, and one of half the size whose peak of private memory (RssAnon) must be the same. Each way is a process
-of its own, by turns, files in the page cache; its time begins when Python has imported what it needs, and ends when the bytes are on disk
-(`cp` is also timed without that). Then both
-directions give the same bytes as they were, and a conversion that is killed at random moments ends with the same bytes. Prints a table
-and, as the last line, one JSON object; exit status 1 if a claim about bytes or memory fails.
+of its own, by turns, on files that were just read into the page cache; its time begins when Python has imported what it needs, and ends
+when the bytes are on disk (`cp` is also timed without that). Then both directions give the same bytes as they were, and a conversion
+that is killed at random moments ends with the same bytes. Prints a table and, as the last line, one JSON object; exit status 1 if a
+claim about bytes or memory fails.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,16 +120,17 @@ def ways_of(work: Path, model: Path, jobs: int, name: str = "") -> dict[str, Cal
     copy, pt, middle, back, bare, bare_back = (work / f"{kind}{name}" for kind in ("copy", "pt", "mcore", "hf", "bare", "bare-hf"))
     copied = 'cp -r "$0" "$1" && sync "$1"/*'
     python = [sys.executable, "-c", COLLECT]
-    return {
-        "cp": lambda: run(["cp", "-r", str(model), str(copy)], copy),
-        "cp, synced": lambda: run(["sh", "-c", copied, str(model), str(copy)], copy),
-        "collect, torch.save": lambda: run([*python, str(model), str(pt)], pt),
-        "cp, synced, sha256sum": lambda: run(["sh", "-c", f'{copied}; cd "$1" && sha256sum * > SHA256SUMS', str(model), str(copy)], copy),
-        "HF → Megatron": lambda: run(tool("hf_to_mcore", model, middle, jobs), middle),
-        "Megatron → HF": lambda: run(tool("mcore_to_hf", middle, back, jobs), back),
-        "HF → Megatron, no sums": lambda: run([*tool("hf_to_mcore", model, bare, jobs), "--no-sums"], bare),
-        "Megatron → HF, no sums": lambda: run([*tool("mcore_to_hf", bare, bare_back, jobs), "--no-sums"], bare_back),
+    ways: dict[str, tuple[Path, Path, Sequence[str]]] = {
+        "cp": (model, copy, ["cp", "-r", str(model), str(copy)]),
+        "cp, synced": (model, copy, ["sh", "-c", copied, str(model), str(copy)]),
+        "collect, torch.save": (model, pt, [*python, str(model), str(pt)]),
+        "cp, synced, sha256sum": (model, copy, ["sh", "-c", f'{copied}; cd "$1" && sha256sum * > SHA256SUMS', str(model), str(copy)]),
+        "HF → Megatron": (model, middle, tool("hf_to_mcore", model, middle, jobs)),
+        "Megatron → HF": (middle, back, tool("mcore_to_hf", middle, back, jobs)),
+        "HF → Megatron, no sums": (model, bare, [*tool("hf_to_mcore", model, bare, jobs), "--no-sums"]),
+        "Megatron → HF, no sums": (bare, bare_back, [*tool("mcore_to_hf", bare, bare_back, jobs), "--no-sums"]),
     }
+    return {way: partial(run, words, source, out, keep=out in (middle, back, bare)) for way, (source, out, words) in ways.items()}
 
 
 def tool(name: str, source: Path, out: Path, jobs: int) -> list[str]:
@@ -136,10 +138,20 @@ def tool(name: str, source: Path, out: Path, jobs: int) -> list[str]:
     return [sys.executable, str(TOOLS / f"{name}.py"), str(source), str(out), "--jobs", str(jobs), "--shard-bytes", "3e8"]
 
 
-def run(words: Sequence[str], out: Path) -> Took:
-    """A process, from where it begins to write until what it writes has its name; `out` is removed before it."""
-    shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
+def run(words: Sequence[str], source: Path, out: Path, keep: bool) -> Took:
+    """A process, from where it begins to write until what it writes has its name.
+
+    Args:
+        source: what it reads, which is in the page cache then.
+        keep: whether `out`, which is removed before it, stays: what is not needed would take the source's place there.
+    """
+    remove(out)
     os.sync()
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(1 << 24):
+                    pass
     begun, most, first, ended = time.perf_counter(), 0, None, None
     drafts = (out.with_name(f".{out.name}.tmp"), out.with_name(f"{out.name}.part"))
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -155,7 +167,13 @@ def run(words: Sequence[str], out: Path) -> Took:
         said = process.stderr.read() if process.stderr is not None else ""
     if process.returncode:
         raise MegamodError(f"{' '.join(words[:3])}: ended with {process.returncode}: {said.strip()[-300:]}")
+    if not keep:
+        remove(out)
     return Took(took, most - (first or 0))
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def anonymous(pid: int) -> int:
@@ -221,7 +239,7 @@ def make(directory: Path, gigabytes: float) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     generator = torch.Generator().manual_seed(1)
-    shapes, where, shard, number = hf_shapes(shape_of(config)), {}, dict[str, torch.Tensor](), 0
+    shapes, where, shard, number = hf_shapes(shape_of(config)), dict[str, str](), dict[str, torch.Tensor](), 0
     for i, (name, size) in enumerate(shapes.items(), 1):
         shard[name] = torch.empty(size, dtype=torch.bfloat16).normal_(generator=generator)
         if i == len(shapes) or sum(tensor.nbytes for tensor in shard.values()) > 1e9:
