@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from interpreted import Results, bench_module, compiled_for_hopper, fenced, name_of, run_interpreted
 from torch import Tensor
 
-from megamod_kernels import nf4
+from megamod_kernels import nf4, nf4_cpu
 from megamod_kernels.cases import NF4, Nf4Case
 from megamod_kernels.nf4 import Absmax, Lines, QuantType, Shard, block_absmax, compress, dequantize, quantize, whole_blocks
 
@@ -353,6 +353,12 @@ def test_every_number_of_16_bits(dtype: torch.dtype, quant_type: QuantType) -> N
         for out in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             found, expected = (read(made, torch.empty(lines.numel, dtype=out)) for read in (dequantize, nf4.dequantize_ref))
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_loops_are_compiled_where_no_cache_can_be_written() -> None:
+    names: dict[str, Any] = {}
+    exec("def twice(x):\n    return 2 * x\n", names)  # of no file: Numba has no place for its cache, and says so by a RuntimeError
+    assert nf4_cpu.compiled(names["twice"])(21) == 42
 
 
 def test_lines_that_lie_over_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

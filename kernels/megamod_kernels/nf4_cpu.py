@@ -5,6 +5,7 @@ cache, as lines and then blocks cut them, wherever a cut falls; what follows is 
 references' to the bit. A call holds no lock of Python's, so that pieces of a shard can be shared out to threads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,14 @@ NF4_PAIRS, FP4_PAIRS = (
     np.array([[i, j] for i in nf4.CODES[kind] for j in nf4.CODES[kind]], np.float32).view(np.uint64)[:, 0] for kind in ("nf4", "fp4")
 )
 DYNAMIC, NEAREST = nf4.dynamic_map().numpy(), nf4._nearest_dynamic().numpy()
-compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Kept in a cache beside this file or in the user's; anew in each process where neither can be written."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 @compiled
